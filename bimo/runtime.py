@@ -1,0 +1,105 @@
+"""What machine this is: cache folder, device, number type, threads, seeds. The only module that reads the environment.
+
+Torch is imported inside functions, so that `bimo --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bimo.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CpuInfo", "api_key", "available_memory", "cache_home", "choose_dtype", "cpu_info", "cpu_threads", "seed_all"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def cache_home() -> Path:
+    """Folder for fetched models: $BIMO_HOME, else $XDG_CACHE_HOME/bimo, else ~/.cache/bimo."""
+    if home := os.environ.get("BIMO_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bimo"
+
+
+def api_key() -> str | None:
+    """The server's bearer key from $BIMO_API_KEY, if set."""
+    return os.environ.get("BIMO_API_KEY") or None
+
+
+@dataclass(frozen=True)
+class CpuInfo:
+    """The processor as the kernel reports it."""
+
+    name: str
+    flags: frozenset[str]
+
+    @property
+    def fast_bfloat16(self) -> bool:
+        """Whether bf16 dot products run in hardware (AVX-512 BF16, AMX or Arm BF16)."""
+        return bool(self.flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+@lru_cache
+def cpu_info() -> CpuInfo:
+    """Name and instruction flags from /proc/cpuinfo; other systems report a name and no flags."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    return CpuInfo(fields.get("model name") or platform.processor() or platform.machine(), frozenset(flags))
+
+
+def cpu_threads() -> int:
+    """Cores this process may use (containers and taskset counted)."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping, or None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def choose_dtype(name: str | None, device: str = "cpu") -> torch.dtype:
+    """The number type to compute in. None: bfloat16 where the hardware multiplies it, float32 elsewhere."""
+    import torch
+
+    if name in (None, "auto"):
+        if device == "cpu":
+            return torch.bfloat16 if cpu_info().fast_bfloat16 else torch.float32
+        return torch.bfloat16
+    if name not in DTYPES:
+        raise UsageError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {name!r}", "dtype")
+    return getattr(torch, name)
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    import random
+
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

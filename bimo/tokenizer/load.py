@@ -1,0 +1,3 @@
+"""Contract (being implemented): text <-> token ids."""
+from __future__ import annotations
+class Tokenizer: ...
