@@ -1,0 +1,57 @@
+"""`bimo convert`: write any model bimo can read as a Hugging Face directory or as one GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bimo.cli import options
+from bimo.cli.terminal import human_bytes, progress_display
+
+__all__ = ["convert"]
+
+GGUF_KINDS = ("f16", "q8_0")
+
+
+def convert(
+    model: options.ModelArgument,
+    target: Annotated[Path, typer.Argument(metavar="DIR_OR_FILE", help="A new directory, or a file ending in .gguf.")],
+    kind: Annotated[
+        str | None, typer.Option("--type", help=f"Number type of a .gguf file: {' or '.join(GGUF_KINDS)} (f16).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file or a model directory that exists.")] = False,
+) -> None:
+    """Convert a model: to a Hugging Face directory, or to a .gguf file that llama.cpp loads."""
+    from bimo.errors import UsageError
+    from bimo.formats import hub
+    from bimo.formats.download import storage_errors
+
+    to_gguf = target.suffix == ".gguf"
+    if kind is not None and not to_gguf:
+        raise UsageError(f"--type is for .gguf files, and {target} is a directory: leave it out", "type")
+    if kind is not None and kind not in GGUF_KINDS:
+        raise UsageError(f"--type must be {' or '.join(GGUF_KINDS)}, not {kind}", "type")
+    if to_gguf and target.is_dir():
+        raise UsageError(f"{target} is a directory: give the name of a file", "target")
+    if not to_gguf and target.is_file():
+        raise UsageError(f"{target} is a file: give the name of a directory, or of a file ending in .gguf", "target")
+    if target.exists() and not force and (to_gguf or any(target.iterdir())):
+        raise UsageError(f"{target} exists: give another name, or --force to replace it", "target")
+    with progress_display() as progress, storage_errors(target.parent):
+        source = hub.resolve(model, progress=progress)
+        if target.exists() and target.resolve() == source.resolve():
+            raise UsageError(f"{target} is the model itself: give another name", "target")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if to_gguf:
+            from bimo.formats.gguf import write_gguf
+
+            write_gguf(source, target, kind or "f16")
+        else:
+            from bimo.formats.huggingface import load_weights, read_config, save_directory
+
+            config = read_config(source)
+            save_directory(target, config, load_weights(source, config), source=source, lineage={"parent": model})
+    written = [target] if to_gguf else [path for path in target.rglob("*") if path.is_file()]
+    typer.echo(f"{target}: {human_bytes(sum(path.stat().st_size for path in written))}")

@@ -1,0 +1,395 @@
+"""The generator of tokens: requests in, increments of text out, one step at a time.
+
+    engine = Engine(ModelRunner(model, num_blocks=512, block_size=16), tokenizer, EngineConfig(context_length=8192))
+    engine.add(Request(prompt_token_ids=ids, sampling=SamplingParams(max_tokens=20)))
+    while engine.has_work:
+        for output in engine.step():
+            print(output.text, end="")
+
+Single-threaded and synchronous on purpose: threads and asyncio are the backend's business (backends.local).
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from dataclasses import dataclass, field
+
+from bimo.engine.cache import BlockPool
+from bimo.engine.request import Output, Request, TokenLogprob, Usage
+from bimo.engine.runner import ModelRunner, StepResult
+from bimo.engine.sampling import choose_tokens, process_logits, token_logprobs
+from bimo.engine.scheduler import Scheduled, Scheduler
+from bimo.engine.search import BeamSearch, Child, ContrastiveSearch, Hypothesis
+from bimo.engine.sequence import Gang, Sequence
+from bimo.engine.stopping import finish_text, stop_reason_of, update_after_token, would_end
+from bimo.errors import ContextLengthError, UsageError
+from bimo.tokenizer.load import Tokenizer
+from bimo.tokenizer.stream import TextStream
+
+__all__ = ["Engine", "EngineConfig", "EngineStats"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Limits of one engine; all count tokens, except max_batch, which counts sequences."""
+
+    context_length: int  # prompt and answer together
+    max_batch: int = 64
+    max_step_tokens: int = 512  # larger: faster prefill, longer pauses for those who are streaming
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Live:
+    """A request being worked on."""
+
+    request: Request
+    sequences: list[Sequence]
+    truncated: int
+    num_done: int = 0
+    completion_tokens: int = 0
+    held: list[Sequence] = field(default_factory=list)  # best_of: finished, to be ranked at the end
+
+
+class Engine:
+    """Requests, their sequences, the scheduler and the runner."""
+
+    def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        self.runner, self.tokenizer, self.config = runner, tokenizer, config
+        self.pool = BlockPool(runner.cache.num_blocks, runner.cache.block_size)
+        self.scheduler = Scheduler(self.pool, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
+        # A lone sequence must always fit, or it would wait for ever.
+        self.context_length = min(config.context_length, self.pool.num_blocks * self.pool.block_size)
+        self.stats = EngineStats()
+        self._live: dict[str, _Live] = {}
+        self._copies: list[tuple[int, int]] = []
+        self._arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return bool(self._live)
+
+    def check(self, request: Request) -> tuple[list[int], int, int]:
+        """The prompt as it fits, the tokens cut off its front, and the room for new ones. Changes nothing, so any
+        thread may call it. Raises ContextLengthError or UsageError."""
+        prompt, truncated = self._fit_prompt(request)
+        room = self.context_length - len(prompt)
+        max_tokens = min(request.sampling.max_tokens or room, room)
+        self._check_size(request, len(prompt), max_tokens)
+        return prompt, truncated, max_tokens
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ContextLengthError or UsageError; nothing is queued then."""
+        prompt, truncated, max_tokens = self.check(request)
+        if request.request_id in self._live:
+            raise UsageError(f"request id {request.request_id!r} is in use", "request_id")
+        sampling = request.sampling
+        base_seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
+        search = sampling.num_beams > 1 or sampling.penalty_alpha > 0
+        count = 1 if search else sampling.best_of or sampling.n
+        sequences: list[Sequence] = []
+        for index in range(count):
+            self._arrivals += 1
+            sequence = Sequence(
+                request=request,
+                index=index,
+                arrival=self._arrivals,
+                token_ids=list(prompt),
+                num_prompt=len(prompt),
+                max_tokens=max_tokens,
+                eos_token_ids=frozenset() if sampling.ignore_eos else frozenset(self.tokenizer.eos_token_ids),
+                leader=sequences[0] if sequences else None,
+                text=TextStream(self.tokenizer, sampling.stop, sampling.include_stop),
+                constraint=request.constraint() if request.constraint else None,
+                rng=random.Random(base_seed + index),
+            )
+            sequences.append(sequence)
+        if search:
+            sequences[0].gang = self._gang(sequences[0])
+        self._live[request.request_id] = _Live(request, sequences, truncated)
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> list[Output]:
+        """Stop a request; its unfinished sequences end with reason "abort". Unknown ids are ignored."""
+        live = self._live.get(request_id)
+        return self._end(live, "abort") if live else []
+
+    def refuse(self, request: Request, message: str) -> list[Output]:
+        """The outputs of a request that could not be started."""
+        usage = Usage(len(request.prompt_token_ids), 0)
+        return [
+            Output(request.request_id, i, finish_reason="error", error=message, usage=usage if i == n - 1 else None)
+            for n in [request.sampling.n]
+            for i in range(n)
+        ]
+
+    def fail(self, message: str) -> list[Output]:
+        """End everything with reason "error"; for a backend whose step raised."""
+        outputs = []
+        for live in list(self._live.values()):
+            outputs += self._end(live, "error", message)
+        self._copies.clear()
+        return outputs
+
+    def step(self) -> list[Output]:
+        """Compute one batch and return what became known. The engine's whole life is this method."""
+        plan = self.scheduler.schedule()
+        result = self.runner.run(plan, self._copies)
+        self._copies = []
+        self.scheduler.complete(plan)
+        self.stats.steps += 1
+        self._note_prompts(plan, result)
+        return self._sample(result) + self._advance_gangs(result)
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of engine, scheduler and cache; tests call it after every step."""
+        self.scheduler.check_integrity()
+        queued = set(self.scheduler.running) | set(self.scheduler.waiting)
+        expected = set()
+        for live in self._live.values():
+            for sequence in live.sequences:
+                if sequence.finish_reason is None:
+                    expected |= set(sequence.gang.members) if sequence.gang else {sequence}
+        assert queued == expected, "queues differ from live requests"
+
+    # -- adding ------------------------------------------------------------------------------------------------------
+
+    def _fit_prompt(self, request: Request) -> tuple[list[int], int]:
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise UsageError("the prompt is empty: give at least one token", "prompt")
+        vocab = self.runner.model.config.vocab_size
+        if not all(isinstance(t, int) and 0 <= t < vocab for t in prompt):
+            raise UsageError(f"prompt token ids must be integers from 0 to {vocab - 1}", "prompt")
+        if len(prompt) < self.context_length:
+            return prompt, 0
+        if not request.truncate_prompt:
+            raise ContextLengthError(len(prompt), self.context_length)
+        wanted = min(request.sampling.max_tokens or self.context_length // 4, self.context_length - 1)
+        kept = self.context_length - wanted
+        return prompt[-kept:], len(prompt) - kept
+
+    def _check_size(self, request: Request, num_prompt: int, max_tokens: int) -> None:
+        sampling, vocab = request.sampling, self.runner.model.config.vocab_size
+        width = max(sampling.num_beams, sampling.top_k if sampling.penalty_alpha else 1)
+        if width > self.config.max_batch:
+            name = "num_beams" if sampling.num_beams > 1 else "top_k"
+            raise UsageError(f"{name} {width} exceeds this engine's batch of {self.config.max_batch}", name)
+        if width > 1 and request.constraint:
+            raise UsageError("constrained output cannot be combined with beam or contrastive search", "num_beams")
+        if any(token >= vocab for token in (*sampling.logit_bias, *sampling.stop_token_ids)):
+            raise UsageError(f"logit_bias and stop_token_ids hold ids from 0 to {vocab - 1}", "logit_bias")
+        if sampling.min_tokens > max_tokens:
+            raise UsageError(f"min_tokens {sampling.min_tokens} exceeds the room for {max_tokens} tokens", "min_tokens")
+        size = self.pool.block_size
+        blocks = -(-num_prompt // size) + width * (-(-max_tokens // size) + 2)
+        if width > 1 and blocks > self.pool.num_blocks:
+            raise UsageError(
+                f"{width} beams of {max_tokens} tokens need {blocks * size} tokens of KV cache, there are "
+                f"{self.pool.num_blocks * size}: lower max_tokens or the number of beams, or raise kv_cache_tokens",
+                "max_tokens",
+            )
+
+    def _gang(self, root: Sequence) -> Gang:
+        sampling = root.sampling
+
+        def ending(sequence: Sequence, token: int) -> str | None:
+            return would_end(sequence, token, self.tokenizer)
+
+        if sampling.num_beams > 1:
+            num_ends = len(root.eos_token_ids | set(sampling.stop_token_ids))
+            beam = BeamSearch(sampling, num_ends, ending)
+            return Gang(sampling.num_beams, beam, [root])
+        return Gang(sampling.top_k, ContrastiveSearch(sampling, ending), [root])
+
+    # -- after a step ------------------------------------------------------------------------------------------------
+
+    def _note_prompts(self, plan: list[Scheduled], result: StepResult) -> None:
+        """Count prompt tokens, and keep prompt log-probabilities for those who asked."""
+        for work in plan:
+            sequence = work.sequence
+            self.stats.prompt_tokens += max(0, min(work.start + work.count, sequence.num_prompt) - work.start)
+            if work.start == sequence.num_cached and sequence.num_output == 0:
+                self.stats.cached_tokens += sequence.num_cached
+            rows = result.prompt_logits.get(sequence)
+            if rows is None:
+                continue
+            if not sequence.prompt_logprobs:
+                sequence.prompt_logprobs.append(None)  # nothing predicts the first token
+            done = len(sequence.prompt_logprobs)  # position whose log-probability is next
+            last = min(work.start + work.count, sequence.num_prompt - 1)
+            targets = sequence.token_ids[done : last + 1]  # row i predicts token i + 1; recomputed rows are skipped
+            rows = rows[done - 1 - work.start : last - work.start]
+            top = sequence.sampling.prompt_logprobs or 0
+            sequence.prompt_logprobs += token_logprobs(rows, targets, [top] * len(targets))
+
+    def _sample(self, result: StepResult) -> list[Output]:
+        """Choose the next token of every sequence that is not part of a search."""
+        rows = [i for i, s in enumerate(result.sequences) if s.gang is None]
+        if not rows:
+            return []
+        sequences = [result.sequences[i] for i in rows]
+        raw = result.logits if len(rows) == len(result.sequences) else result.logits[rows]
+        tokens = choose_tokens(process_logits(raw, sequences), sequences)
+        self._note_logprobs(raw, tokens, sequences)
+        outputs: list[Output] = []
+        for sequence, token in zip(sequences, tokens, strict=True):
+            outputs += self._append(sequence, token)
+        return outputs
+
+    def _note_logprobs(self, raw, tokens: list[int], sequences: list[Sequence]) -> None:
+        wanted = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None or s.sampling.best_of]
+        if not wanted:
+            return
+        tops = [sequences[i].sampling.logprobs or 0 for i in wanted]
+        for i, found in zip(wanted, token_logprobs(raw[wanted], [tokens[i] for i in wanted], tops), strict=True):
+            sequences[i].sum_logprobs += found.logprob
+            sequences[i].logprobs.append(found)
+
+    def _append(self, sequence: Sequence, token: int) -> list[Output]:
+        live = self._live[sequence.request.request_id]
+        text = update_after_token(sequence, token)
+        self.stats.generation_tokens += 1
+        live.completion_tokens += 1
+        output = Output(live.request.request_id, sequence.index, text, [token])
+        if sequence.sampling.logprobs is not None:
+            output.logprobs = sequence.logprobs[-1:]
+        if sequence.num_output == 1 and sequence.prompt_logprobs:
+            output.prompt_logprobs = sequence.prompt_logprobs
+        if sequence.finish_reason is not None:
+            self.scheduler.finish(sequence)
+            live.num_done += 1
+            output.finish_reason, output.stop_reason = sequence.finish_reason, sequence.stop_reason
+        if live.request.sampling.best_of is not None:
+            live.held += [sequence] if sequence.finish_reason else []
+            return self._rank(live) if live.num_done == len(live.sequences) else []
+        if live.num_done == len(live.sequences):
+            output.usage = self._close(live)
+        return [output]
+
+    def _rank(self, live: _Live) -> list[Output]:
+        """best_of: the n sequences of highest mean log-probability, renumbered from the best."""
+        ranked = sorted(live.held, key=lambda s: s.sum_logprobs / s.num_output, reverse=True)
+        best = ranked[: live.request.sampling.n]
+        usage = self._close(live)
+        return [self._whole(s, i, usage if i == len(best) - 1 else None) for i, s in enumerate(best)]
+
+    def _whole(self, sequence: Sequence, index: int, usage: Usage | None) -> Output:
+        """Everything about a finished sequence in one Output."""
+        return Output(
+            sequence.request.request_id,
+            index,
+            finish_text(sequence, self.tokenizer),
+            sequence.output_ids,
+            sequence.logprobs if sequence.sampling.logprobs is not None else None,
+            sequence.finish_reason,
+            sequence.stop_reason,
+            usage,
+            sequence.prompt_logprobs or None,
+        )
+
+    def _advance_gangs(self, result: StepResult) -> list[Output]:
+        outputs: list[Output] = []
+        place = {sequence: i for i, sequence in enumerate(result.sequences)}
+        for gang in {id(s.gang): s.gang for s in result.sequences if s.gang}.values():
+            members = gang.members
+            rows = [place[m] for m in members]  # the scheduler computes them together
+            children = gang.search.advance(members, result.logits[rows], result.hidden[rows])
+            self.stats.generation_tokens += len(children)
+            if children:
+                self._replace_members(gang, children)
+            else:
+                outputs += self._finish_search(gang)
+        return outputs
+
+    def _replace_members(self, gang: Gang, children: list[Child]) -> None:
+        """The first child of a parent takes its place; others are forks that share its blocks; a parent without
+        children ends. Ends come first, for the blocks they free."""
+        kept = {child.parent for child in children}
+        for i, member in enumerate(gang.members):
+            if i not in kept:
+                self.scheduler.finish(member)
+        heirs: dict[int, Sequence] = {}
+        new: list[tuple[Sequence, int]] = []
+        for parent, token in children:
+            origin = gang.members[parent]
+            sequence = origin
+            if parent in heirs:
+                sequence = self._clone(origin)
+                if copy := self.scheduler.fork(origin, sequence):
+                    self._copies.append(copy)
+            heirs.setdefault(parent, sequence)
+            new.append((sequence, token))
+        gang.members = [sequence for sequence, _ in new]
+        for sequence, token in new:
+            sequence.append(token)
+
+    def _clone(self, origin: Sequence) -> Sequence:
+        self._arrivals += 1
+        return Sequence(
+            request=origin.request,
+            index=origin.index,
+            arrival=origin.arrival,  # as old as its parent: whoever preempts one preempts the gang
+            token_ids=list(origin.token_ids),
+            num_prompt=origin.num_prompt,
+            max_tokens=origin.max_tokens,
+            eos_token_ids=origin.eos_token_ids,
+            gang=origin.gang,
+            num_cached=origin.num_cached,
+            output_counts=origin.output_counts.copy(),
+            hidden=origin.hidden,
+        )
+
+    def _finish_search(self, gang: Gang) -> list[Output]:
+        first = gang.members[0]
+        live = self._live[first.request.request_id]
+        for member in gang.members:
+            self.scheduler.finish(member)
+        found: list[Hypothesis] = gang.search.finished
+        live.completion_tokens = sum(len(h.token_ids) for h in found)
+        live.sequences[0].finish_reason = "stop"
+        usage = self._close(live)
+        outputs = []
+        for index, hypothesis in enumerate(found):
+            sequence = self._clone(first)
+            sequence.token_ids = [*first.token_ids[: first.num_prompt], *hypothesis.token_ids]
+            sequence.logprobs = [
+                TokenLogprob(t, p) for t, p in zip(hypothesis.token_ids, hypothesis.token_logprobs, strict=True)
+            ]
+            sequence.finish_reason = hypothesis.finish_reason
+            sequence.stop_reason = stop_reason_of(sequence)
+            outputs.append(self._whole(sequence, index, usage if index == len(found) - 1 else None))
+        return outputs
+
+    def _end(self, live: _Live, reason: str, message: str | None = None) -> list[Output]:
+        """End what is unfinished of a request."""
+        outputs = []
+        for sequence in live.sequences:
+            if sequence.finish_reason is None:
+                for member in list(sequence.gang.members) if sequence.gang else [sequence]:
+                    self.scheduler.finish(member)
+                sequence.finish_reason = reason
+                outputs.append(
+                    Output(live.request.request_id, sequence.index, finish_reason=reason, error=message)
+                )
+        usage = self._close(live)
+        if outputs:
+            outputs[-1].usage = usage
+        return outputs
+
+    def _close(self, live: _Live) -> Usage:
+        del self._live[live.request.request_id]
+        first = live.sequences[0]
+        return Usage(first.num_prompt, live.completion_tokens, first.num_cached, live.truncated)

@@ -1,0 +1,164 @@
+"""Keys and values in blocks, and attention over them: the engine's `Attend` (see models.attention).
+
+A step's tokens lie in one row of T tokens: first one token of each decoding sequence, then chunks of prompts.
+
+    tokens:   [ d0 d1 d2 ... | chunk A ......... | chunk B .... ]
+    slots:    where each token's key and value go: block * block_size + offset
+
+Pools are (K, num_blocks * block_size, E) per layer: head-major, so that gathering a sequence's blocks gives the
+(K, length, E) that attention reads without another copy. Shapes as in models.attention; S = num sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bimo.engine.scheduler import Scheduled
+from bimo.models.attention import causal_mask
+from bimo.models.config import DecoderConfig
+
+__all__ = ["PagedCache", "StepAttention"]
+
+
+class PagedCache:
+    """The memory: one key pool and one value pool a layer. Pages are zeroed lazily by the system, so a large pool
+    costs memory only as it fills. `bytes_per_token` = 2 * layers * K * E * element size."""
+
+    def __init__(
+        self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
+        shape = (config.num_layers, config.num_kv_heads, num_blocks * block_size, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+        """Memory of one token's keys and values over all layers."""
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks, (source, destination) each; for forked sequences."""
+        if not copies:
+            return
+        size = self.block_size
+        offsets = torch.arange(size)
+        source = (torch.tensor([s for s, _ in copies])[:, None] * size + offsets).flatten()
+        target = (torch.tensor([d for _, d in copies])[:, None] * size + offsets).flatten()
+        for pool in (self.keys, self.values):
+            pool[:, :, target] = pool[:, :, source]
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Part of a prompt: its tokens in the row, and the context they see."""
+
+    rows: slice
+    slots: Tensor | None  # (length,) of the whole context in order; None when the chunk starts at position 0
+    masks: dict[int | None, Tensor | None]  # window -> additive (T, length), or None for plain causal
+
+
+class StepAttention:
+    """Attention for one step's plan. Built once a step, called once a layer."""
+
+    def __init__(self, cache: PagedCache, plan: list[Scheduled]) -> None:
+        self.cache = cache
+        self.device = cache.keys.device
+        config, size = cache.config, cache.block_size
+        dtype = cache.keys.dtype
+        windows = set(config.windows) or {None}
+        slots: list[int] = []
+        for work in plan:
+            blocks = work.sequence.blocks
+            slots += [blocks[p // size] * size + p % size for p in range(work.start, work.start + work.count)]
+        self.slots = torch.tensor(slots, device=self.device)
+        decodes = [w for w in plan if w.count == 1]
+        assert plan[: len(decodes)] == decodes, "single tokens come first"
+        self.num_decodes = len(decodes)
+        if decodes:
+            self._prepare_decodes(decodes, windows, dtype)
+        self.chunks: list[_Chunk] = []
+        row = self.num_decodes
+        for work in plan[self.num_decodes :]:
+            self.chunks.append(self._prepare_chunk(work, row, windows, dtype))
+            row += work.count
+
+    def _prepare_decodes(self, decodes: list[Scheduled], windows: set[int | None], dtype: torch.dtype) -> None:
+        size, pool_blocks, num_kv = self.cache.block_size, self.cache.num_blocks, self.cache.config.num_kv_heads
+        lengths = torch.tensor([w.start + 1 for w in decodes], device=self.device)
+        width = -(-int(lengths.max()) // size)  # blocks of the longest
+        table = torch.tensor([w.sequence.blocks[:width] + [0] * (width - len(w.sequence.blocks)) for w in decodes])
+        heads = torch.arange(num_kv)[:, None, None] * pool_blocks
+        self.gather = (heads + table).flatten().to(self.device)  # rows of the pool seen as (K * num_blocks, size * E)
+        distance = lengths[:, None] - 1 - torch.arange(width * size, device=self.device)  # (S, length)
+        self.decode_masks: dict[int | None, Tensor] = {}
+        for window in windows:
+            visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            mask = torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, -torch.inf)
+            self.decode_masks[window] = mask.repeat(num_kv, 1)[:, None, None, :]  # (K * S, 1, 1, length)
+
+    def _prepare_chunk(self, work: Scheduled, row: int, windows: set[int | None], dtype: torch.dtype) -> _Chunk:
+        size, length = self.cache.block_size, work.start + work.count
+        slots = None
+        if work.start:
+            blocks = torch.tensor(work.sequence.blocks[: -(-length // size)])
+            slots = (blocks[:, None] * size + torch.arange(size)).flatten()[:length].to(self.device)
+        masks: dict[int | None, Tensor | None] = {}
+        for window in windows:
+            if slots is None and (window is None or window >= length):
+                masks[window] = None
+            else:
+                visible = causal_mask(work.count, length, window, self.device)
+                empty = torch.zeros(visible.shape, dtype=dtype, device=self.device)
+                masks[window] = empty.masked_fill_(~visible, -torch.inf)
+        return _Chunk(slice(row, row + work.count), slots, masks)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+        """q (1, T, H, E), k and v (1, T, K, E) -> (1, T, H, E); stores k and v first."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (K, slots, E)
+        q, k, v = q[0], k[0].transpose(0, 1), v[0].transpose(0, 1)
+        keys.index_copy_(1, self.slots, k)
+        values.index_copy_(1, self.slots, v)
+        parts = []
+        if self.num_decodes:
+            parts.append(self._decode(q[: self.num_decodes], keys, values, scale, self.decode_masks[window]))
+        for chunk in self.chunks:
+            if chunk.slots is None:
+                context = k[:, chunk.rows], v[:, chunk.rows]
+            else:
+                context = keys.index_select(1, chunk.slots), values.index_select(1, chunk.slots)
+            parts.append(_prefill(q[chunk.rows], *context, scale, chunk.masks[window]))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor) -> Tensor:
+        """One query token a sequence, q (S, H, E) -> (S, H, E).
+
+        Query heads that share a key head become the rows of one small attention (K * S of them, H / K rows each):
+        keys are read once for the group, and no head is repeated.
+        """
+        num_kv, _, head_dim = keys.shape
+        num_sequences, row_size = len(q), self.cache.block_size * head_dim
+        k = keys.view(-1, row_size).index_select(0, self.gather).view(num_kv * num_sequences, 1, -1, head_dim)
+        v = values.view(-1, row_size).index_select(0, self.gather).view(num_kv * num_sequences, 1, -1, head_dim)
+        grouped = q.unflatten(1, (num_kv, -1)).transpose(0, 1)  # (K, S, H/K, E)
+        rows = grouped.reshape(num_kv * num_sequences, 1, -1, head_dim)
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.expand(-1, -1, rows.shape[2], -1), scale=scale)
+        return out.view(num_kv, num_sequences, -1, head_dim).transpose(0, 1).reshape(q.shape)
+
+
+def _prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """A chunk of one prompt: q (T, H, E), k and v (K, length, E) -> (T, H, E)."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k[None],
+        v[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=k.shape[0] != q.shape[1],
+    )
+    return out[0].transpose(0, 1)

@@ -1,0 +1,171 @@
+"""From logits to the next token: penalties and masks, then the filters, then the draw; and log-probabilities.
+
+Each sequence draws with its own generator, and its row is never mixed with another's, so that its tokens do not depend
+on who else is in the batch. Legend: N rows (sequences), V vocabulary, C candidates of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bimo.engine.request import SamplingParams, TokenLogprob
+from bimo.engine.sequence import Sequence
+
+__all__ = ["choose_tokens", "distribution", "process_logits", "token_logprobs"]
+
+_SORTED_AT_FIRST = 1024  # candidates tried before a whole vocabulary is sorted: enough for top_p of most texts
+
+
+def process_logits(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Apply constraint, logit_bias, penalties and min_tokens; (N, V) float32 -> (N, V), a copy if anything changes.
+
+    Also applies to log-probabilities (beam search), as in transformers.
+    """
+    touched = [i for i, s in enumerate(sequences) if _needs_processing(s)]
+    if not touched:
+        return logits
+    logits = logits.clone()
+    for i in touched:
+        _process_row(logits[i], sequences[i])
+    return logits
+
+
+def _needs_processing(sequence: Sequence) -> bool:
+    p = sequence.sampling
+    return bool(
+        sequence.constraint is not None
+        or p.logit_bias
+        or p.repetition_penalty != 1
+        or p.presence_penalty
+        or p.frequency_penalty
+        or sequence.num_output < p.min_tokens
+    )
+
+
+def _process_row(row: Tensor, sequence: Sequence) -> None:
+    """In place, row (V,)."""
+    p = sequence.sampling
+    if sequence.constraint is not None:
+        words = torch.from_numpy(sequence.constraint.allowed_mask()).to(row.device)
+        allowed = (words[:, None] >> torch.arange(32, dtype=torch.int32, device=row.device)) & 1
+        row.masked_fill_(allowed.flatten()[: len(row)] == 0, -torch.inf)
+    if p.logit_bias:
+        index = torch.tensor(list(p.logit_bias), device=row.device)
+        row[index] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
+    if p.repetition_penalty != 1:  # divides positive scores, multiplies negative ones (CTRL, arXiv:1909.05858)
+        index = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
+        scores = row[index]
+        row[index] = torch.where(scores < 0, scores * p.repetition_penalty, scores / p.repetition_penalty)
+    if (p.presence_penalty or p.frequency_penalty) and sequence.output_counts:
+        index = torch.tensor(list(sequence.output_counts), device=row.device)
+        counts = torch.tensor(list(sequence.output_counts.values()), dtype=row.dtype, device=row.device)
+        row[index] -= p.presence_penalty + p.frequency_penalty * counts
+    if sequence.num_output < p.min_tokens:
+        ends = sequence.eos_token_ids | set(p.stop_token_ids)
+        row[torch.tensor(sorted(ends), dtype=torch.long, device=row.device)] = -torch.inf
+
+
+def choose_tokens(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+    """One token a row from processed logits (N, V). Rows are grouped by the work they need."""
+    groups: dict[str, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        p = sequence.sampling
+        kind = "greedy" if p.greedy else "sorted" if p.top_k or p.top_p < 1 else "whole"
+        groups.setdefault(kind, []).append(i)
+    chosen = [0] * len(sequences)
+    for kind, rows in groups.items():
+        part = logits if len(rows) == len(sequences) else logits[torch.tensor(rows, device=logits.device)]
+        if kind == "greedy":
+            tokens = part.argmax(dim=-1).tolist()
+        else:
+            uniforms = [sequences[i].rng.random() for i in rows]
+            tokens = _draw(part, [sequences[i].sampling for i in rows], uniforms)
+        for i, token in zip(rows, tokens, strict=True):
+            chosen[i] = token
+    return chosen
+
+
+def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
+    """Inverse of the cumulative distribution at `uniforms`: one number decides, so a seed gives the same tokens."""
+    probabilities, tokens = distribution(logits, params)
+    cumulative = probabilities.double().cumsum(dim=-1)
+    targets = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, targets, right=True)  # first place whose cumulative exceeds the target
+    last = (probabilities > 0).double().cumsum(dim=-1).argmax(dim=-1, keepdim=True)  # rounding must not pass the end
+    place = torch.minimum(place, last)
+    return (place if tokens is None else tokens.gather(1, place)).flatten().tolist()
+
+
+def distribution(logits: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor | None]:
+    """Unnormalised probabilities after temperature, top_k, top_p, min_p and typical_p, in this order.
+
+    Returns (N, C) probabilities and the (N, C) token ids they belong to, most likely first; or None for ids when
+    C = V in vocabulary order. top_p: Holtzman et al., arXiv:1904.09751; min_p: arXiv:2407.01082; typical: arXiv:2202.00666.
+    """
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([[float(getattr(p, name))] for p in params], device=logits.device)  # (N, 1)
+
+    scaled = logits / column("temperature")
+    num_vocab = logits.shape[-1]
+    tokens = None
+    if any(p.top_k or p.top_p < 1 for p in params):
+        scaled, tokens = _top_candidates(scaled, params, num_vocab)
+    log_probs = scaled
+    if any(p.min_p for p in params):  # relative to the best, so no normalisation is needed
+        threshold = log_probs.amax(-1, keepdim=True) + column("min_p").log()
+        log_probs = log_probs.masked_fill(log_probs < threshold, -torch.inf)
+    if any(p.typical_p < 1 for p in params):
+        kept = _typical(log_probs.log_softmax(-1), column("typical_p"))
+        log_probs = log_probs.masked_fill(~kept & (column("typical_p") < 1), -torch.inf)
+    return log_probs.softmax(-1), tokens
+
+
+def _top_candidates(scaled: Tensor, params: list[SamplingParams], num_vocab: int) -> tuple[Tensor, Tensor]:
+    """top_k and top_p on sorted candidates. Sorting a vocabulary costs milliseconds a row, so only as many
+    candidates are taken as the rows turn out to need."""
+    limits = [min(p.top_k or num_vocab, num_vocab) for p in params]
+    device = scaled.device
+    num = min(max(limits), max(_SORTED_AT_FIRST, *(p.top_k for p in params)), num_vocab)
+    limit = torch.tensor(limits, device=device)[:, None]
+    top_p = torch.tensor([[p.top_p] for p in params], device=device)
+    while True:
+        values, tokens = scaled.topk(num, dim=-1)
+        values = values.masked_fill(torch.arange(num, device=device) >= limit, -torch.inf)
+        # rows with top_k are normalised over their k, the others over the whole vocabulary
+        total = torch.where(limit < num_vocab, values.logsumexp(-1, True), scaled.logsumexp(-1, True))
+        mass = (values - total).exp().cumsum(-1)
+        if num == num_vocab or bool(((mass[:, -1:] >= top_p) | (limit <= num)).all()):
+            break
+        num = num_vocab
+    before = mass - (values - total).exp()
+    nucleus = (before < top_p) | (top_p >= 1)
+    nucleus[:, 0] = True
+    return values.masked_fill(~nucleus, -torch.inf), tokens
+
+
+def _typical(log_probs: Tensor, mass: Tensor) -> Tensor:
+    """Tokens whose surprise is nearest to the entropy, until `mass` is reached; boolean like log_probs."""
+    probabilities = log_probs.exp()
+    entropy = -(probabilities * log_probs).nansum(-1, keepdim=True)
+    distance = (-log_probs - entropy).abs()
+    ordered, order = distance.sort(dim=-1)
+    cumulative = probabilities.gather(-1, order).cumsum(-1)
+    last = (cumulative < mass).sum(-1, keepdim=True).clamp(max=log_probs.shape[-1] - 1)
+    return distance <= ordered.gather(-1, last)
+
+
+def token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprob]:
+    """Log-probabilities under the model itself (raw logits (N, V), before any setting), with alternatives."""
+    log_probs = logits.log_softmax(dim=-1)
+    chosen = log_probs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None]).flatten().tolist()
+    most = min(max(num_top, default=0), logits.shape[-1])
+    values, ids = log_probs.topk(most, dim=-1) if most else (None, None)
+    found = []
+    for i, token_id in enumerate(token_ids):
+        top: tuple[tuple[int, float], ...] = ()
+        if values is not None and ids is not None:
+            top = tuple(zip(ids[i, : num_top[i]].tolist(), values[i, : num_top[i]].tolist(), strict=True))
+        found.append(TokenLogprob(token_id, chosen[i], top))
+    return found

@@ -1,0 +1,212 @@
+"""Who is computed in the next step: continuous batching, chunked prefill, preemption. Plain Python, no torch.
+
+One step computes at most `max_step_tokens` tokens: first one token of every sequence that is decoding, then, with what
+is left, chunks of prompts, oldest first; so a long prompt never stops the others' streams. When the cache is full the
+newest sequence gives its blocks back and starts again later (its tokens are kept, only keys and values are recomputed).
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+from bimo.engine.cache import BlockPool, hash_block
+from bimo.engine.sequence import Sequence
+
+__all__ = ["Scheduled", "Scheduler"]
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Compute tokens [start, start + count) of a sequence in this step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this step reaches the sequence's last token, so that a next one can be chosen."""
+        return self.start + self.count == len(self.sequence.token_ids)
+
+
+class Scheduler:
+    """Queues `waiting` and `running`, both in order of arrival: first come, first served, also after preemption."""
+
+    def __init__(self, pool: BlockPool, *, max_batch: int, max_step_tokens: int) -> None:
+        assert max_step_tokens >= max_batch, "every decoding sequence must fit into a step"
+        self.pool = pool
+        self.max_batch, self.max_step_tokens = max_batch, max_step_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        insort(self.waiting, sequence, key=_arrival)
+
+    def schedule(self) -> list[Scheduled]:
+        """The next step's work, decoding sequences first. Empty only when nothing is queued."""
+        while not (plan := self._fill_step()) and len(self.running) > 1:
+            # Gangs may hold blocks while each waits for one more; the oldest alone always fits (the engine checks).
+            self.preempt(max(self.running, key=_arrival))
+        return plan
+
+    def _fill_step(self) -> list[Scheduled]:
+        plan: dict[Sequence, int] = {}  # insertion order: decodes, then prefills
+        budget = self.max_step_tokens
+        decodes = [s for s in self.running if s.remaining == 1]
+        prefills = [s for s in self.running if s.remaining > 1]
+        for sequence in decodes + prefills:
+            if sequence in self.running:  # else preempted a moment ago
+                budget -= self._plan(sequence, budget, plan)
+        self._admit(budget, plan)
+        return [Scheduled(s, s.num_computed, n) for s, n in plan.items()]
+
+    def complete(self, plan: list[Scheduled]) -> None:
+        """Record that a plan was computed, and name the blocks it filled."""
+        size = self.pool.block_size
+        for work in plan:
+            sequence = work.sequence
+            sequence.num_computed = work.start + work.count
+            while (len(sequence.block_names) + 1) * size <= sequence.num_computed:
+                index = len(sequence.block_names)
+                parent = sequence.block_names[-1] if index else b""
+                sequence.block_names.append(hash_block(parent, sequence.token_ids[index * size : (index + 1) * size]))
+                self.pool.name(sequence.blocks[index], sequence.block_names[-1])
+
+    def finish(self, sequence: Sequence) -> None:
+        """Remove a sequence from wherever it is and give its blocks back (named ones stay findable)."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def fork(self, parent: Sequence, child: Sequence) -> tuple[int, int] | None:
+        """Let `child` continue from what `parent` has computed. Full blocks are shared; a part-filled last block is
+        copied, and (source, destination) is returned for the runner to do it. When no block is free the child starts
+        without any (its prefix will be found or recomputed)."""
+        size = self.pool.block_size
+        num_full = parent.num_computed // size
+        copy = None
+        if parent.num_computed % size:
+            block = self.pool.allocate()
+            if block is None:
+                self.add(child)
+                return None
+            copy = (parent.blocks[num_full], block)
+        for shared in parent.blocks[:num_full]:
+            self.pool.share(shared)
+        child.blocks = parent.blocks[:num_full] + ([copy[1]] if copy else [])
+        child.block_names = parent.block_names[:num_full]
+        child.num_computed, child.admitted = parent.num_computed, True
+        self.running.append(child)
+        return copy
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Give back a running sequence's blocks and queue it again; with it goes its whole gang."""
+        members = [m for m in (sequence.gang.members if sequence.gang else [sequence]) if m in self.running]
+        for member in members:
+            self.running.remove(member)
+            self._release(member)
+            self.add(member)
+        self.num_preemptions += 1
+
+    def check_integrity(self) -> None:
+        """Assert the invariants; called by tests after every step."""
+        live = [*self.running, *self.waiting]
+        assert len(set(map(id, live))) == len(live), "a sequence is queued twice"
+        self.pool.check_integrity([s.blocks for s in live])
+        assert len(self.running) <= self.max_batch, "more running than the batch holds"
+        for sequence in self.running:
+            assert sequence.num_computed <= len(sequence.blocks) * self.pool.block_size, "computed beyond its blocks"
+            assert sequence.num_computed < len(sequence.token_ids), "nothing left to compute, yet running"
+            assert len(sequence.block_names) == sequence.num_computed // self.pool.block_size, "names lag behind"
+        for sequence in self.waiting:
+            assert not sequence.blocks and sequence.num_computed == 0, "waiting with blocks"
+
+    def _plan(self, sequence: Sequence, budget: int, plan: dict[Sequence, int]) -> int:
+        """Put a running sequence into the plan, making room by preemption; returns tokens planned."""
+        count = self._count(sequence, budget)
+        while count > 0 and not self._grow(sequence, sequence.num_computed + count):
+            victim = max(self.running, key=_arrival)
+            gang = victim.gang.members if victim.gang else [victim]
+            self.preempt(victim)
+            for member in gang:
+                plan.pop(member, None)
+            if sequence in gang:
+                return 0
+        if count > 0:
+            plan[sequence] = count
+        return max(count, 0)
+
+    def _count(self, sequence: Sequence, budget: int) -> int:
+        """Tokens to compute now. A gang's last tokens wait until all members can take that step together."""
+        if sequence.gang and len(sequence.gang.members) > 1:
+            together = all(m.remaining == 1 and m in self.running for m in sequence.gang.members)
+            if not together:
+                return min(sequence.remaining - 1, budget)
+        return min(sequence.remaining, budget)
+
+    def _admit(self, budget: int, plan: dict[Sequence, int]) -> None:
+        """Move waiting sequences to running while places, tokens and blocks last."""
+        for sequence in list(self.waiting):
+            if budget <= 0:
+                break
+            if self._must_wait(sequence):
+                continue
+            if self._places_taken() + self._places_for(sequence) > self.max_batch:
+                break
+            if sequence.shares_prefix:
+                sequence.blocks, sequence.block_names = self.pool.match(sequence.token_ids, len(sequence.token_ids) - 1)
+            sequence.num_computed = len(sequence.blocks) * self.pool.block_size
+            missing = -(-len(sequence.token_ids) // self.pool.block_size) - len(sequence.blocks)
+            if missing > self.pool.num_free:  # wait for the whole prompt's room, or it would be preempted at once
+                self._release(sequence)
+                break
+            self.waiting.remove(sequence)
+            if not sequence.admitted:
+                sequence.admitted, sequence.num_cached = True, sequence.num_computed
+            self.running.append(sequence)
+            self.running.sort(key=_arrival)
+            budget -= self._plan(sequence, budget, plan)
+
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """True while another sequence is computing what this one would share."""
+        leader = sequence.leader
+        if leader and leader.finish_reason is None and leader.num_computed < leader.num_prompt:
+            return True
+        if sequence.gang:  # back after preemption: one after the other, so that they share their prefix again
+            return any(m in self.running and m.remaining > 1 for m in sequence.gang.members)
+        return False
+
+    def _places_taken(self) -> int:
+        gangs = {id(s.gang): s.gang for s in self.running if s.gang}
+        return sum(1 for s in self.running if not s.gang) + sum(g.width for g in gangs.values())
+
+    def _places_for(self, sequence: Sequence) -> int:
+        if sequence.gang and any(m in self.running for m in sequence.gang.members):
+            return 0  # its gang's places are already counted
+        return sequence.width
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a sequence blocks for `num_tokens`; False (and unchanged) when there are not enough."""
+        missing = -(-num_tokens // self.pool.block_size) - len(sequence.blocks)
+        if missing > self.pool.num_free:
+            return False
+        for _ in range(missing):
+            block = self.pool.allocate()
+            assert block is not None
+            sequence.blocks.append(block)
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.block_names, sequence.num_computed = [], [], 0
+        sequence.hidden = None
+

@@ -1,0 +1,93 @@
+"""Causal self-attention, and the protocol by which a KV cache takes part in it.
+
+The block computes q, k, v; *where keys and values live* is the business of an `Attend` object handed to
+`Decoder.forward`: `FullSequence` (training, scoring: no cache) here, the engine's paged cache in `engine.paged`.
+Shapes: B batch, T tokens, H query heads, K key/value heads, E head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bimo.models.config import DecoderConfig
+from bimo.models.layers import RMSNorm, rotate
+
+__all__ = ["Attend", "Attention", "FullSequence", "causal_mask"]
+
+
+class Attend(Protocol):
+    """Attention over whatever context the caller keeps."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+        """q (B, T, H, E), k and v (B, T, K, E), already rotated -> (B, T, H, E).
+
+        May store k and v for `layer`; must let token t see itself, and before it only its own sequence's tokens
+        within `window`.
+        """
+
+
+def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """Boolean (num_queries, num_keys), True = visible; the last query stands at the last key.
+
+    A window of w shows a token itself and the w - 1 before it.
+    """
+    offset = num_keys - num_queries
+    distance = torch.arange(num_queries, device=device)[:, None] + offset - torch.arange(num_keys, device=device)
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)
+
+
+class FullSequence:
+    """No cache: every row of the batch is one sequence from position 0, all rows equally long."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+        num_tokens = q.shape[1]
+        mask = None
+        if window is not None and window < num_tokens:
+            mask = causal_mask(num_tokens, num_tokens, window, q.device)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=k.shape[2] != q.shape[2],
+        )
+        return out.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped key/value heads (arXiv:2305.13245): softmax(q kᵀ · scale) v, then out_proj.
+
+    q, k and v come from one matrix (rows: all q heads, all k heads, all v heads): one GEMM instead of three.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale, self.window = config.scale, config.window(layer)
+        num_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, num_rows, config.qkv_bias)
+        self.out_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, config.attention_out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+        """x (B, T, D), rope = cos and sin (B, T, 1, E) or None -> (B, T, D)."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
+        num_qk = self.num_heads + self.num_kv_heads
+        qk, v = heads[..., :num_qk, :], heads[..., num_qk:, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk[..., : self.num_heads, :], qk[..., self.num_heads :, :]
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
+        if rope is not None:
+            qk = rotate(qk, *rope)
+        q, k = qk[..., : self.num_heads, :], qk[..., self.num_heads :, :]
+        out = attend(self.layer, q, k, v, scale=self.scale, window=self.window)  # (B, T, H, E)
+        return self.out_proj(out.flatten(-2))

@@ -1,0 +1,135 @@
+"""The parts of a Transformer block that are not attention: norms, MLP, rotary tables.
+
+Legend for shapes in comments: B batch, T tokens, D hidden_size, F intermediate_size, H heads, K key/value heads,
+E head_dim. Any number of leading dimensions is accepted where only the last one matters.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bimo.models.config import DecoderConfig, RopeConfig
+
+__all__ = ["MLP", "RMSNorm", "make_norm", "rope_frequencies", "rope_table", "rotate"]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (arXiv:1910.07467), computed in float32 and rounded before the product, as Llama does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+
+
+def make_norm(config: DecoderConfig) -> nn.Module:
+    """The configured norm over hidden_size."""
+    if config.norm == "rms":
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, config.norm_eps)
+
+
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), or gated (SwiGLU, arXiv:2002.05202): down(activation(gate(x)) * up(x)).
+
+    Gate and up share one matrix, gate rows first: one GEMM instead of two.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gated = config.gated_mlp
+        if self.gated:
+            self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias)
+        else:
+            self.up_proj = nn.Linear(hidden, inner, bias)
+        self.down_proj = nn.Linear(inner, hidden, bias)
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (..., F) each
+            return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+def rope_frequencies(head_dim: int, rope: RopeConfig, max_positions: int) -> tuple[Tensor, float]:
+    """Angular frequencies (head_dim / 2,) in float32, and the factor on cos and sin ("yarn" only, else 1).
+
+    default: theta^(-2i/d). linear divides all by `factor`. llama3 divides long wavelengths only, with a ramp between.
+    yarn (arXiv:2309.00071, section 3.2) blends between both by dimension and warms the attention temperature.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / (rope.theta**exponents)
+    if rope.kind == "default":
+        return frequencies, 1.0
+    if rope.kind == "linear":
+        return frequencies / rope.factor, 1.0
+    original = rope.original_max_positions or max_positions
+    if rope.kind == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        low, high = original / rope.low_freq_factor, original / rope.high_freq_factor
+        ramp = (original / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blended = (1 - ramp) * frequencies / rope.factor + ramp * frequencies
+        scaled = torch.where(wavelengths > low, frequencies / rope.factor, blended)
+        return torch.where(wavelengths < high, frequencies, scaled), 1.0
+    return _yarn(frequencies, head_dim, rope, original)
+
+
+def _yarn(frequencies: Tensor, head_dim: int, rope: RopeConfig, original: int) -> tuple[Tensor, float]:
+    def dimension(rotations: float) -> float:
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    keep = 1 - ramp.clamp(0, 1)  # 1: high frequency, left as it was; 0: fully interpolated
+    blended = frequencies / rope.factor * (1 - keep) + frequencies * keep
+
+    def warmth(scale: float, mscale: float = 1.0) -> float:
+        return 0.1 * mscale * math.log(scale) + 1.0 if scale > 1 else 1.0
+
+    attention_factor = rope.attention_factor
+    if attention_factor is None:
+        if rope.mscale and rope.mscale_all_dim:
+            attention_factor = warmth(rope.factor, rope.mscale) / warmth(rope.factor, rope.mscale_all_dim)
+        else:
+            attention_factor = warmth(rope.factor)
+    return blended, attention_factor
+
+
+def rope_table(config: DecoderConfig) -> Tensor:
+    """cos and sin for every position, (2, max_positions, head_dim), float32; both halves hold the same angles.
+
+    Price: 2 * context * head_dim * 4 bytes once for all layers (4 MB for smollm2's 8k).
+    """
+    frequencies, factor = rope_frequencies(config.head_dim, config.rope, config.max_positions)
+    angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return torch.stack((angles.cos() * factor, angles.sin() * factor))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (x_i, x_{i + E/2}), Hugging Face's half-split convention; x (B, T, H, E), cos and sin (B, T, 1, E)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin

@@ -1,0 +1,153 @@
+"""The addresses of the API, each with what it takes and answers; /openapi.json is made from these lines.
+
+Handlers read and check bodies themselves (`body.read_model`), because refusals must have OpenAI's shape, name the field
+and be bounded in size before parsing; so the request schemas are put into the document here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from bimo import __version__
+from bimo.serving import answers
+from bimo.serving.chat import create_chat_completion
+from bimo.serving.completions import create_completion
+from bimo.serving.errors import json_response
+from bimo.serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from bimo.serving.service import Service, service_of
+from bimo.serving.tokens import detokenize, tokenize
+
+__all__ = ["api_router", "openapi_document"]
+
+Handler = Callable[[HttpRequest], Awaitable[Response]]
+_BODIES: list[type[BaseModel]] = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
+_REFERENCE = "#/components/schemas/{model}"
+_REFUSALS = {
+    400: "the request is wrong; `param` names the field",
+    401: "no key, or a wrong one",
+    404: "no such model",
+    408: "the body came too slowly",
+    413: "the body is too large",
+    415: "the body is not application/json in UTF-8",
+    421: "the Host header is not this server's",
+    429: "the queue is full; Retry-After says when to try again",
+    500: "the server's fault; its log has the x-request-id",
+    503: "the model is loading, or the server is stopping",
+}
+
+
+async def health(http: HttpRequest) -> Response:
+    """200 when requests are answered, 503 before and after."""
+    service = service_of(http)
+    _ = service.backend
+    return json_response({"status": "ok", "model": service.model_name})
+
+
+async def version(http: HttpRequest) -> Response:
+    """bimo's version."""
+    return json_response({"version": __version__})
+
+
+async def metrics(http: HttpRequest) -> Response:
+    """Prometheus' text format; `observe` lists the names."""
+    return Response(service_of(http).metrics.exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+async def list_models(http: HttpRequest) -> Response:
+    """What is served."""
+    return json_response({"object": "list", "data": [_card(service_of(http))]})
+
+
+async def get_model(http: HttpRequest) -> Response:
+    """One model by its name."""
+    service = service_of(http)
+    service.check_model(http.path_params["model"])
+    return json_response(_card(service))
+
+
+def _card(service: Service) -> dict[str, Any]:
+    info = service.backend.info()
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": info.created,
+        "owned_by": "bimo",
+        "max_model_len": info.context_length,
+    }
+
+
+def api_router() -> APIRouter:
+    """All routes of the API."""
+    router = APIRouter(redirect_slashes=False)
+
+    def post(path: str, handler: Handler, body: type[BaseModel], answer: type[BaseModel], *, generates: bool) -> None:
+        content = {"text/event-stream": {"schema": {"type": "string"}}} if generates else {}
+        statuses = [400, 401, 404, 408, 413, 415, 421, *([429] if generates else []), 500, 503]
+        schema = {"$ref": _REFERENCE.format(model=body.__name__)}
+        router.add_api_route(
+            path,
+            handler,
+            methods=["POST"],
+            response_model=None,
+            responses={200: {"model": answer, "content": content, "description": "the answer"}, **_refusals(statuses)},
+            openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
+        )
+
+    def get(path: str, handler: Handler, answer: type[BaseModel] | None, statuses: list[int], **extra: Any) -> None:
+        ok: dict[str, Any] = {"description": "the answer"} | ({"model": answer} if answer else {})
+        if answer is None:
+            ok["content"] = {"text/plain": {"schema": {"type": "string"}}}
+        router.add_api_route(
+            path,
+            handler,
+            methods=["GET"],
+            response_model=None,
+            response_class=Response,
+            responses={200: ok, **_refusals(statuses)},
+            openapi_extra=extra or None,
+        )
+
+    post("/v1/chat/completions", create_chat_completion, ChatRequest, answers.ChatCompletion, generates=True)
+    post("/v1/completions", create_completion, CompletionRequest, answers.Completion, generates=True)
+    post("/tokenize", tokenize, TokenizeRequest, answers.Tokenized, generates=False)
+    post("/detokenize", detokenize, DetokenizeRequest, answers.Detokenized, generates=False)
+    get("/v1/models", list_models, answers.ModelList, [401, 421, 500, 503])
+    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    get("/v1/models/{model:path}", get_model, answers.ModelCard, [401, 404, 421, 500, 503], parameters=[name])
+    get("/health", health, answers.Health, [421, 500, 503])
+    get("/version", version, answers.Version, [421, 500])
+    get("/metrics", metrics, None, [401, 421, 500])
+    return router
+
+
+def _refusals(statuses: list[int]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": answers.ErrorAnswer, "description": _REFUSALS[status]} for status in statuses}
+
+
+def openapi_document(app: FastAPI, *, with_key: bool) -> dict[str, Any]:
+    """/openapi.json: what FastAPI knows of the routes, the request bodies, and the key when one is set."""
+    document = get_openapi(
+        title="bimo",
+        version=__version__,
+        description="An OpenAI-compatible server. Unknown fields are refused by name, never ignored.",
+        routes=app.routes,
+    )
+    _, schemas = models_json_schema([(model, "validation") for model in _BODIES], ref_template=_REFERENCE)
+    components = document.setdefault("components", {})
+    components.setdefault("schemas", {}).update(schemas["$defs"])
+    if with_key:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                if "401" in operation["responses"]:
+                    operation["security"] = [{"key": []}]
+    return document

@@ -1,0 +1,194 @@
+// One message of the thread: the user's words in a bubble, the model's on the page itself; below them the few things that
+// can be done with them, and, for an answer, what it cost and how it ended.
+
+import { continueInNewChat, currentRun, regenerate, resend, send } from "./chat.js";
+import { editing, fillComposer } from "./composer.js";
+import { splitReasoning, versions } from "./conversation.js";
+import { icon } from "./icons.js";
+import { number, t } from "./i18n.js";
+import { chooseVersion, current } from "./library.js";
+import { announce, errorDetail, errorSentence, KeyForm, Narrator } from "./notices.js";
+import { Prose } from "./prose.js";
+import { copyText, html, IconButton, isComposing, isPlainEnter, languageOf, memo, useEffect, useRef, useState } from "./ui.js";
+
+function CopyButton({ text }) {
+  const [state, setState] = useState("");
+  const copy = async () => {
+    const done = (await copyText(text)) ? "done" : "failed";
+    setState(done);
+    announce(t(`copy.${done}`));
+    setTimeout(() => setState(""), 1600);
+  };
+  return html`<${IconButton} name=${state === "done" ? "check" : "copy"} label=${state ? t(`copy.${state}`) : t("message.copy")}
+    onClick=${copy} />`;
+}
+
+/** "‹ 2/3 ›" for a message that has other versions. */
+function Versions({ node }) {
+  const ids = versions(current.value, node.id);
+  if (ids.length < 2) return null;
+  const position = ids.indexOf(node.id);
+  const go = (step) => () => {
+    chooseVersion(ids[position + step]);
+    announce(t("versions.position", { position: position + step + 1, total: ids.length }));
+  };
+  return html`<span class="versions" role="group" aria-label=${t("versions.label")}>
+    <${IconButton} name="previous" label=${t("versions.previous")} disabled=${position === 0} onClick=${go(-1)} />
+    <span aria-label=${t("versions.position", { position: position + 1, total: ids.length })}>${position + 1}/${ids.length}</span>
+    <${IconButton} name="next" label=${t("versions.next")} disabled=${position === ids.length - 1} onClick=${go(1)} />
+  </span>`;
+}
+
+function Editor({ node }) {
+  const [text, setText] = useState(node.content);
+  const area = useRef(null);
+  useEffect(() => {
+    const element = area.current;
+    element.focus();
+    element.setSelectionRange(element.value.length, element.value.length);
+  }, []);
+  useEffect(() => {
+    area.current.style.height = "auto";
+    area.current.style.height = `${area.current.scrollHeight + 2}px`;
+  }, [text]);
+  const close = () => {
+    editing.value = "";
+    fillComposer();
+  };
+  const submit = () => {
+    if (resend(node.id, text)) close();
+  };
+  const onKeyDown = (event) => {
+    if (isPlainEnter(event)) {
+      event.preventDefault();
+      submit();
+    } else if (event.key === "Escape" && !isComposing(event)) {
+      event.stopPropagation();
+      close();
+    }
+  };
+  return html`<div class="editor">
+    <textarea ref=${area} class="input" dir="auto" aria-label=${t("edit.label")} value=${text}
+      onInput=${(event) => setText(event.target.value)} onKeyDown=${onKeyDown}></textarea>
+    <div class="row-end">
+      <button type="button" class="button" onClick=${close}>${t("cancel")}</button>
+      <button type="button" class="button primary" disabled=${!text.trim()} onClick=${submit}>${t("edit.send")}</button>
+    </div>
+  </div>`;
+}
+
+const Question = memo(({ node }) => {
+  const locked = Boolean(currentRun.value);
+  return html`<article class="message user" data-id=${node.id}>
+    <h2 class="offscreen">${t("message.you")}</h2>
+    ${editing.value === node.id
+      ? html`<${Editor} node=${node} />`
+      : html`<div class="bubble" dir="auto" lang=${languageOf(node.content)}>${node.content}</div>
+        <div class="actions">
+          <${Versions} node=${node} />
+          <${IconButton} name="edit" label=${t("message.edit")} disabled=${locked} onClick=${() => (editing.value = node.id)} />
+          <${CopyButton} text=${node.content} />
+        </div>`}
+  </article>`;
+});
+
+/** "128 tokens · 45.2 tokens/s · first word after 0.4 s" */
+function Stats({ node }) {
+  const { usage, timing, model } = node;
+  const parts = [];
+  if (usage?.completion !== undefined) {
+    parts.push(t("stats.tokens", { count: usage.completion }));
+    if (timing?.stream > 50 && usage.completion > 1) {
+      parts.push(t("stats.rate", { rate: number((usage.completion - 1) / (timing.stream / 1000)) }));
+    }
+  } else if (usage?.pieces) parts.push(t("stats.about", { count: usage.pieces }));
+  if (timing?.wait) parts.push(t("stats.wait", { seconds: number(timing.wait / 1000, 2) }));
+  if (!parts.length) return null;
+  const more = [model];
+  if (usage?.prompt !== undefined) more.push(t("stats.prompt", { count: usage.prompt }));
+  if (usage?.cached) more.push(t("stats.cached", { count: usage.cached }));
+  return html`<span class="stats" title=${more.filter(Boolean).join(" · ")}>${parts.join(" · ")}</span>`;
+}
+
+/** How the answer ended, when it did not end by itself. */
+function Ending({ node, last }) {
+  const finish = node.finish ?? "interrupted"; // no ending was stored: the page was closed meanwhile
+  const error = node.error;
+  const retry = () => regenerate(node.id);
+  if (error && !(error.kind === "interrupted")) {
+    const detail = errorDetail(error);
+    return html`<div class="notice trouble" role="alert">${icon("alert")}
+      <div class="grow">
+        <p>${errorSentence(error)}</p>
+        ${detail && html`<p class="detail">${detail}</p>`}
+        ${last && (error.kind === "key"
+          ? html`<${KeyForm} id="key-${node.id}" onSaved=${retry} />`
+          : html`<div class="row">
+              ${error.kind === "context" && html`<button type="button" class="button primary small"
+                onClick=${() => fillComposer(continueInNewChat(node.id))}>${t("error.context.new")}</button>`}
+              <button type="button" class="button small" onClick=${retry}>${t("retry")}</button>
+            </div>`)}
+      </div></div>`;
+  }
+  if (finish === "stop" || finish === "tool_calls") return null;
+  const interrupted = finish === "interrupted";
+  return html`<div class="notice ${interrupted ? "trouble" : ""}" role=${interrupted ? "alert" : "note"}>
+    ${icon(finish === "stopped" ? "stop" : "alert")}
+    <div class="grow"><p>${t(`finish.${finish}`)}</p></div>
+    ${last && interrupted && html`<button type="button" class="button small" onClick=${retry}>${t("retry")}</button>`}
+    ${last && finish === "length" && html`<button type="button" class="button small"
+      onClick=${() => send(t("finish.length.prompt"))}>${t("finish.length.continue")}</button>`}
+  </div>`;
+}
+
+function Reasoning({ text, thinking }) {
+  if (!text && !thinking) return null;
+  return html`<details class="reasoning">
+    <summary>${icon("thinking")} ${t(thinking ? "reasoning.now" : "reasoning.done")}</summary>
+    <div class="reasoning-text" dir="auto">${text}</div>
+  </details>`;
+}
+
+/** The answer that is being written. Reads the run's text: redrawn with each piece, alone. */
+function LiveAnswer({ run }) {
+  const received = run.text.value;
+  const { content, reasoning, thinking } = splitReasoning(received);
+  const narrator = useRef(null);
+  useEffect(() => {
+    narrator.current = new Narrator();
+    announce(t("answer.begins"));
+    return () => narrator.current.end(splitReasoning(run.text.peek()).content);
+  }, []);
+  useEffect(() => narrator.current.hear(content), [content]);
+  return html`
+    <${Reasoning} text=${run.reasoning || reasoning} thinking=${thinking || (run.reasoning && !content)} />
+    ${content
+      ? html`<${Prose} text=${content} streaming onPaint=${(cost) => (run.paintCost = cost)} />`
+      : html`<div class="waiting" aria-hidden="true"><i></i><i></i><i></i></div>`}`;
+}
+
+const Answer = memo(({ node, last }) => {
+  const run = currentRun.value;
+  const mine = run?.nodeId === node.id;
+  return html`<article class="message assistant" data-id=${node.id} aria-busy=${mine}>
+    <h2 class="offscreen">${t("message.answer")}</h2>
+    ${mine
+      ? html`<${LiveAnswer} run=${run} />`
+      : html`<${Reasoning} text=${node.reasoning} />
+        ${node.content && html`<${Prose} text=${node.content} />`}
+        ${!node.content && node.finish === "stop" && html`<p class="quiet">${t("answer.empty")}</p>`}
+        <${Ending} node=${node} last=${last} />
+        <div class="actions">
+          <${Versions} node=${node} />
+          ${node.content && html`<${CopyButton} text=${node.content} />`}
+          <${IconButton} name="regenerate" label=${t("message.regenerate")} disabled=${Boolean(run)}
+            onClick=${() => regenerate(node.id)} />
+          <${Stats} node=${node} />
+        </div>`}
+  </article>`;
+});
+
+/** A message; `last` when nothing follows it. */
+export function Message({ node, last }) {
+  return node.role === "user" ? html`<${Question} node=${node} />` : html`<${Answer} node=${node} last=${last} />`;
+}
