@@ -5,6 +5,8 @@ Torch is imported inside functions, so that `bimo --help` stays fast.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -17,7 +19,17 @@ from bimo.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CpuInfo", "api_key", "available_memory", "cache_home", "choose_dtype", "cpu_info", "cpu_threads", "seed_all"]
+__all__ = [
+    "CpuInfo",
+    "api_key",
+    "available_memory",
+    "cache_home",
+    "choose_dtype",
+    "cpu_info",
+    "cpu_threads",
+    "return_free_memory",
+    "seed_all",
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -78,6 +90,15 @@ def available_memory() -> int | None:
     except OSError:
         pass
     return None
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed but kept by the allocator back to the system (glibc; elsewhere nothing happens).
+
+    After loading a model that is a third of what the process holds: 230 MB of 880 for smollm2.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def choose_dtype(name: str | None, device: str = "cpu") -> torch.dtype:

@@ -26,13 +26,13 @@ from bimo.formats.hub import resolve
 from bimo.formats.huggingface import load_weights, read_config
 from bimo.models.config import DecoderConfig
 from bimo.models.decoder import Decoder
-from bimo.runtime import available_memory, choose_dtype
+from bimo.runtime import available_memory, choose_dtype, return_free_memory
 from bimo.tokenizer.load import Tokenizer
 
 __all__ = ["LocalBackend", "load_decoder"]
 
 BLOCK_SIZE = 16  # tokens a cache block; smaller shares more of a prefix, larger gathers faster
-KV_CACHE_BYTES = 256 << 20  # default size of the KV cache, if that much memory is free
+KV_CACHE_BYTES = 192 << 20  # default size of the KV cache, if that much memory is free
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -91,7 +91,7 @@ class LocalBackend:
         Args:
             reference: a path, a catalog name, `hf:`, `modelscope:` or `pypi:` (see formats.hub).
             dtype: "float32", "bfloat16", "float16" or None for what the processor does fast.
-            kv_cache_tokens: size of the KV cache; None: 256 MB worth, less when memory is short.
+            kv_cache_tokens: size of the KV cache; None: 192 MB worth, less when memory is short.
             max_batch: sequences computed together. max_step_tokens: tokens computed in one step.
             context_length: limit below the model's own.
             progress: called with (stage, done, total) while fetching and converting.
@@ -102,6 +102,7 @@ class LocalBackend:
         tokenizer = Tokenizer.from_directory(directory)
         model = load_decoder(directory, config, number_type, device)
         pack_linear_layers(model)
+        return_free_memory()
         context = min(context_length or config.max_positions, config.max_positions)
         num_blocks = _num_blocks(config, number_type, kv_cache_tokens, context)
         runner = ModelRunner(model, num_blocks=num_blocks, block_size=BLOCK_SIZE)

@@ -31,7 +31,7 @@ def bench(
     dtype: options.Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure prefill and decode speed of a model, in tokens per second."""
+    """Measure a model's speed on this machine."""
     from bimo.errors import UsageError
 
     try:

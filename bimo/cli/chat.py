@@ -117,6 +117,7 @@ def chat(
         stop=stop,
         truncate_prompt=truncate,
     )
+    options.check_sampling(sampling)
     import bimo
 
     with progress_display() as progress:

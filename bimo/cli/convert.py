@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,20 +11,25 @@ import typer
 from bimo.cli import options
 from bimo.cli.terminal import human_bytes, progress_display
 
-__all__ = ["convert"]
+__all__ = ["GgufKind", "convert"]
 
-GGUF_KINDS = ("f16", "q8_0")
+
+class GgufKind(StrEnum):
+    """Number types a .gguf file can be written with."""
+
+    f16 = "f16"
+    q8_0 = "q8_0"
 
 
 def convert(
     model: options.ModelArgument,
     target: Annotated[Path, typer.Argument(metavar="DIR_OR_FILE", help="A new directory, or a file ending in .gguf.")],
     kind: Annotated[
-        str | None, typer.Option("--type", help=f"Number type of a .gguf file: {' or '.join(GGUF_KINDS)} (f16).")
+        GgufKind | None, typer.Option("--type", help="Number type of a .gguf file; f16 unless given.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file or a model directory that exists.")] = False,
 ) -> None:
-    """Convert a model: to a Hugging Face directory, or to a .gguf file that llama.cpp loads."""
+    """Write a model as a directory or a .gguf file."""
     from bimo.errors import UsageError
     from bimo.formats import hub
     from bimo.formats.download import storage_errors
@@ -31,8 +37,6 @@ def convert(
     to_gguf = target.suffix == ".gguf"
     if kind is not None and not to_gguf:
         raise UsageError(f"--type is for .gguf files, and {target} is a directory: leave it out", "type")
-    if kind is not None and kind not in GGUF_KINDS:
-        raise UsageError(f"--type must be {' or '.join(GGUF_KINDS)}, not {kind}", "type")
     if to_gguf and target.is_dir():
         raise UsageError(f"{target} is a directory: give the name of a file", "target")
     if not to_gguf and target.is_file():
@@ -47,7 +51,7 @@ def convert(
         if to_gguf:
             from bimo.formats.gguf import write_gguf
 
-            write_gguf(source, target, kind or "f16")
+            write_gguf(source, target, "q8_0" if kind == GgufKind.q8_0 else "f16")
         else:
             from bimo.formats.huggingface import load_weights, read_config, save_directory
 

@@ -45,7 +45,7 @@ class Check:
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Examine this machine: Python, torch, processor, memory, number type, cache, optional packages."""
+    """Examine this machine and say what to mend."""
     checks = examine()
     warnings = [check for check in checks if check.warning]
     if as_json:

@@ -64,7 +64,7 @@ def generate(
         ),
     ] = False,
 ) -> None:
-    """Continue a text (or answer it, with --chat) and print the result."""
+    """Continue a text, or answer it with --chat."""
     from bimo.errors import UsageError
 
     prompt = options.checked_text(prompt, "prompt") if prompt is not None else options.read_stdin("prompt")
@@ -99,6 +99,7 @@ def generate(
         logprobs=logprobs,
         truncate_prompt=truncate,
     )
+    options.check_sampling(sampling)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     as_chat = chat or system is not None
@@ -124,7 +125,8 @@ def generate(
         if several:
             typer.echo(f"--- {index + 1} of {len(completions)} ({completion.finish_reason}) ---")
         typer.echo(completion.text)
-    if cut := completions[0].usage.truncated_tokens:
+    usage = completions[0].usage
+    if usage and (cut := usage.truncated_tokens):
         typer.echo(f"note: the first {cut} tokens of the prompt were cut off to fit the context", err=True)
 
 
@@ -135,11 +137,12 @@ def _report(completions: list[Completion]) -> dict[str, Any]:
 
 
 def _as_dict(completion: Completion) -> dict[str, Any]:
+    usage = completion.usage
     fields = {
         "text": completion.text,
         "tokens": list(completion.tokens),
         "finish_reason": completion.finish_reason,
-        "usage": {**_plain(completion.usage), "total_tokens": completion.usage.total_tokens},
+        "usage": {**_plain(usage), "total_tokens": usage.total_tokens} if usage else None,
         "timings": _plain(completion.timings),
     }
     if completion.logprobs is not None:

@@ -96,7 +96,11 @@ def _explain(error: Exception) -> int:
     elif isinstance(error, typer.Abort):
         return 130
     elif hasattr(error, "format_message"):  # the command line itself is wrong
-        message, code = error.format_message(), getattr(error, "exit_code", 2)
+        command = getattr(getattr(error, "ctx", None), "command_path", "bimo")
+        message, code = (
+            f"{error.format_message().rstrip('.')} (`{command} --help` explains)",
+            getattr(error, "exit_code", 2),
+        )
     else:
         kind = type(error).__name__
         message, code = f"{kind}: {error} (this is a bug in bimo or a damaged installation; --debug shows where)", 1

@@ -17,7 +17,7 @@ def models(
     fetch: Annotated[str | None, typer.Option(metavar="MODEL", help="Fetch a model now; print its folder.")] = None,
     remove: Annotated[str | None, typer.Option(metavar="NAME", help="Delete a model from bimo's cache.")] = None,
 ) -> None:
-    """List models: the catalog and what this machine has."""
+    """List models, fetch one, or remove one."""
     from bimo.errors import UsageError
     from bimo.formats import hub
 

@@ -29,6 +29,7 @@ __all__ = [
     "TopP",
     "Truncate",
     "TypicalP",
+    "check_sampling",
     "checked_text",
     "given",
     "read_stdin",
@@ -66,6 +67,15 @@ def given(**options: Any) -> dict[str, Any]:
         for name, value in options.items()
         if value is not None and value is not False and value != []
     }
+
+
+def check_sampling(settings: dict[str, Any]) -> None:
+    """Refuse wrong sampling settings at once, before a model is fetched and loaded for them."""
+    from bimo.engine.request import SamplingParams
+
+    SamplingParams(**{name: value for name, value in settings.items() if name != "truncate_prompt"})
+    for text in settings.get("stop", ()):
+        checked_text(text, "stop")
 
 
 def checked_text(text: str, param: str) -> str:

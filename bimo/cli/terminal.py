@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from bimo.formats.integrity import Progress
 
-__all__ = ["human_bytes", "human_count", "progress_display"]
+__all__ = ["human_bytes", "human_count", "progress_display", "show_cursor"]
 
 PATIENCE = 0.5  # seconds a stage may take before it is worth a line in a log
 
@@ -32,6 +32,13 @@ def human_bytes(count: float) -> str:
 def human_count(count: float) -> str:
     """Parameters as people read them: 135M, 1.2B."""
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+
+
+def show_cursor() -> None:
+    """Bring back the terminal's cursor after a progress bar that could not end properly."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")
+        sys.stderr.flush()
 
 
 @contextmanager
@@ -63,18 +70,18 @@ def _lines() -> Progress:
 def _bar() -> Iterator[Progress]:
     """A rich bar with bytes, speed and time left; gone when the work is done."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def report(label: str, done: int, total: int) -> None:
             if label not in tasks:
                 for task in tasks.values():
                     bar.update(task, visible=False)
                 tasks[label] = bar.add_task(label, total=total or None)
-            bar.update(tasks[label], completed=done, total=total or None)  # type: ignore[arg-type]
+            bar.update(tasks[label], completed=done, total=total or None)
 
         yield report

@@ -45,15 +45,21 @@ MAX_TEXT = 200_000  # characters of a regex or grammar
 MAX_CHOICES = 10_000
 
 # JSON Schema (draft 2020-12) by what is done with each keyword. A keyword in none of these is refused.
-_ENFORCED = frozenset(
-    "type enum const $ref $defs definitions anyOf oneOf allOf properties required additionalProperties "
-    "patternProperties minProperties maxProperties items prefixItems minItems maxItems minLength maxLength pattern "
-    "format minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split()
-)
-_ANNOTATIONS = frozenset(
-    "$schema $id $comment $anchor title description default example examples deprecated readOnly writeOnly "
-    "discriminator".split()
-)
+# fmt: off
+_ENFORCED = frozenset({
+    "type", "enum", "const", "$ref", "$defs", "definitions", "anyOf", "oneOf", "allOf",
+    "properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties",
+    "items", "prefixItems", "minItems", "maxItems", "minLength", "maxLength", "pattern", "format",
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+})
+_ANNOTATIONS = frozenset({
+    "$schema", "$id", "$comment", "$anchor", "title", "description", "default", "example", "examples",
+    "deprecated", "readOnly", "writeOnly", "discriminator",
+})
+# fmt: on
+# The library's idea of these formats includes second 60, which no calendar library reads, and small t and z.
+_TIME = r"[0-9]{2}:[0-9]{2}:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-][0-9:]+)$"
+_STRICTER = {"time": f"^{_TIME}", "date-time": f"^[0-9-]+T{_TIME}"}
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties")
@@ -148,7 +154,9 @@ def json_object(tokenizer: Tokenizer, *, param: str = "response_format") -> Cons
     return json_schema(tokenizer, {"type": "object"}, param=param)
 
 
-def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any], *, param: str = "response_format") -> ConstraintFactory:
+def json_schema(
+    tokenizer: Tokenizer, schema: Mapping[str, Any], *, param: str = "response_format"
+) -> ConstraintFactory:
     """JSON that satisfies a JSON schema (draft 2020-12), properties in the schema's order.
 
     Raises UsageError naming `param` for keywords that could not be guaranteed (`not`, `if`, `uniqueItems`, ...),
@@ -156,8 +164,14 @@ def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any], *, param: str =
     """
     from llguidance import LLMatcher
 
-    _check_schema(schema, param)
-    plain = {key: value for key, value in schema.items() if key != "$schema"}
+    patterns = _check_schema(schema, param)
+    for pattern in patterns:  # deep inside a schema, the probe in `_compile` would not meet them
+        matcher = _matcher(_vocabulary(tokenizer), LLMatcher.grammar_from_regex(pattern))
+        if (reason := _probe(matcher, _vocabulary(tokenizer))) and _too_complex(reason):
+            raise UsageError(
+                f"the pattern {pattern!r:.80} of the JSON schema cannot be used: {_sentence(reason)}", param
+            )
+    plain = _stricter({key: value for key, value in schema.items() if key != "$schema"})
     if "type" not in plain and plain.keys() & {"properties", "required", "additionalProperties"}:
         plain["type"] = "object"  # what is meant, though any other type would satisfy the letter
     options = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
@@ -197,37 +211,18 @@ def choice(tokenizer: Tokenizer, choices: Sequence[str], *, param: str = "respon
         check_text(text, param)
         if not text:
             raise UsageError("the texts of a choice must not be empty", param)
-    # Raw newlines and the like are escaped; what is left is Lark's own string syntax.
+    # JSON's string syntax is Lark's. One terminal, not one rule an alternative: the lexer shares their prefixes.
     literals = " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(choices))
     _check_size(literals, "the choice", param)
-    return _compile(tokenizer, LLMatcher.grammar_from_lark(f"start: {literals}"), "the choice", param)
+    return _compile(tokenizer, LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {literals}"), "the choice", param)
 
 
 def _compile(tokenizer: Tokenizer, source: str, what: str, param: str) -> ConstraintFactory:
     """Compile a grammar and try its first two tokens, so that what cannot work fails here and not in a batch."""
-    from llguidance import LLMatcher, LLParserLimits
-
     vocabulary = _vocabulary(tokenizer)
-    limits = LLParserLimits(initial_lexer_fuel=400_000, max_lexer_states=20_000, verbose_errors=False)
-    matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=limits)
-
-    def check(probed: LLMatcher) -> None:
-        if probed.is_error():
-            raise UsageError(f"{what} cannot be used: {_sentence(probed.get_error())}", param)
-
-    check(matcher)
-    first = np.empty(vocabulary.words, dtype=np.int32)
-    matcher.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
-    check(matcher)
-    allowed = np.flatnonzero(np.unpackbits((first & ~vocabulary.ends).view(np.uint8), bitorder="little"))
-    if not allowed.size and not matcher.is_accepting():
-        raise UsageError(f"{what} cannot be used: no text satisfies it", param)
-    if allowed.size:
-        probe = matcher.deep_copy()
-        probe.consume_token(int(allowed[-1]))
-        if not probe.is_stopped():
-            probe.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
-        check(probe)
+    matcher = _matcher(vocabulary, source)
+    if reason := _probe(matcher, vocabulary):
+        raise UsageError(f"{what} cannot be used: {_sentence(reason)}", param)
 
     def factory() -> Constraint:
         return _MatcherConstraint(matcher.deep_copy(), vocabulary.words, vocabulary.ends)
@@ -235,16 +230,48 @@ def _compile(tokenizer: Tokenizer, source: str, what: str, param: str) -> Constr
     return factory
 
 
+def _matcher(vocabulary: _Vocabulary, source: str) -> LLMatcher:
+    """Never raises: a grammar that does not compile gives a matcher in the error state."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    # The defaults allow 250,000 lexer states of 1-2 kB each, and half a second for a single mask.
+    limits = LLParserLimits(initial_lexer_fuel=400_000, max_lexer_states=20_000, verbose_errors=False)
+    return LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=limits)
+
+
+def _probe(matcher: LLMatcher, vocabulary: _Vocabulary) -> str:
+    """What is wrong with a fresh matcher, as the library says it; "" when its first two masks can be made."""
+    if matcher.is_error():
+        return matcher.get_error()
+    mask = np.empty(vocabulary.words, dtype=np.int32)
+    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    if matcher.is_error():
+        return matcher.get_error()
+    allowed = np.flatnonzero(np.unpackbits((mask & ~vocabulary.ends).view(np.uint8), bitorder="little"))
+    if not allowed.size:
+        return "" if matcher.is_accepting() else "NoExtension"
+    probe = matcher.deep_copy()
+    probe.consume_token(int(allowed[-1]))
+    if not probe.is_stopped():
+        probe.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    return probe.get_error()
+
+
+def _too_complex(message: str) -> bool:
+    return any(sign in message for sign in ("too many", "too big", "too large", "limit", "max is"))
+
+
 def _sentence(message: str) -> str:
     """The library's report, of many lines, as one sentence."""
-    if "NoExtension" in message:
+    lines = [line.strip() for line in message.splitlines()] or ["unknown reason"]
+    if "NoExtension" in lines[0]:
         return "no text satisfies it"
-    if "too many expressions" in message or "too big" in message or "too large" in message or "limit" in message:
-        return f"it is too complex ({message.splitlines()[0]}); make it smaller"
-    lines = [line.strip() for line in message.splitlines()]
+    if _too_complex(lines[0]):
+        return f"it is too complex ({lines[0].split(';')[0]}): make it smaller"
+    if lines[0].startswith("oneOf"):
+        return '"oneOf" needs branches that exclude each other (by a const property, for instance): use "anyOf"'
     reason = next((line.removeprefix("error:").strip() for line in lines if line.startswith("error:")), "")
-    head = lines[0] if lines else "unknown reason"
-    return f"{head} {reason}".strip()[:300]
+    return f"{lines[0]} {reason}".strip()[:300]
 
 
 def _check_size(text: str, what: str, param: str) -> None:
@@ -255,8 +282,8 @@ def _check_size(text: str, what: str, param: str) -> None:
         raise UsageError(f"{what} has {len(text)} characters; at most {MAX_TEXT} are accepted", param)
 
 
-def _check_schema(schema: Any, param: str) -> None:
-    """Bound the schema's size, then make sure that every keyword in it is enforced or harmless."""
+def _check_schema(schema: Any, param: str) -> list[str]:
+    """Bound the schema's size, make sure that every keyword in it is enforced or harmless; returns its patterns."""
     if not isinstance(schema, Mapping):
         raise UsageError(f"a JSON schema must be an object, not {type(schema).__name__}", param)
     nodes: list[tuple[Any, int]] = [(schema, 1)]
@@ -275,13 +302,34 @@ def _check_schema(schema: Any, param: str) -> None:
         elif isinstance(node, list | tuple):
             nodes.extend((value, depth + 1) for value in node)
     places: list[tuple[str, Any]] = [("$", schema)]
+    patterns: list[str] = []
     while places:
         where, node = places.pop()
         if isinstance(node, Mapping):
             _check_keywords(where, node, param)
             places.extend(_subschemas(where, node, param))
+            patterns += [node["pattern"]] if isinstance(node.get("pattern"), str) else []
+            patterns += node.get("patternProperties", ())
         elif not isinstance(node, bool):
             raise UsageError(f"the JSON schema has {node!r:.60} at {where}, where a schema is expected", param)
+    return list(dict.fromkeys(patterns))
+
+
+def _stricter(node: Any) -> Any:
+    """A copy of a checked schema in which loosely read formats have a pattern too."""
+    if isinstance(node, list | tuple):
+        return [_stricter(value) for value in node]
+    if not isinstance(node, Mapping):
+        return node
+    copy = {}
+    for key, value in node.items():
+        if key in _NAMED_SCHEMAS:
+            copy[key] = {name: _stricter(entry) for name, entry in value.items()}
+        else:
+            copy[key] = _stricter(value) if key in _SCHEMAS or key in _SCHEMA_LISTS else value
+    if copy.get("format") in _STRICTER and "pattern" not in copy:
+        copy["pattern"] = _STRICTER[copy["format"]]
+    return copy
 
 
 def _check_keywords(where: str, node: Mapping[str, Any], param: str) -> None:

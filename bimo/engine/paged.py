@@ -11,6 +11,8 @@ Pools are (K, num_blocks * block_size, E) per layer: head-major, so that gatheri
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +35,8 @@ class PagedCache:
     ) -> None:
         self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
         shape = (config.num_layers, config.num_kv_heads, num_blocks * block_size, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = _lazy_zeros(shape, dtype).to(device)
+        self.values = _lazy_zeros(shape, dtype).to(device)
 
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -51,6 +53,15 @@ class PagedCache:
         target = (torch.tensor([d for _, d in copies])[:, None] * size + offsets).flatten()
         for pool in (self.keys, self.values):
             pool[:, :, target] = pool[:, :, source]
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages exist once written. torch.zeros would touch them all, and with huge pages (which NumPy asks
+    for) the first token would too: it writes to every layer and head, each 2 MB apart."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @dataclass(slots=True)

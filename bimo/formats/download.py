@@ -54,7 +54,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
                 f"no space left on the disk of {folder}, nothing half-written was kept: free some, or point BIMO_HOME "
                 f"to a folder on a larger disk"
             ) from error
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise DownloadError(f"the folder {folder} cannot be written to: set BIMO_HOME to one that can") from error
         raise
 

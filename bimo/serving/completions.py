@@ -21,7 +21,7 @@ from bimo.serving.errors import ApiError, json_response
 from bimo.serving.observe import record_of
 from bimo.serving.schema import CompletionRequest
 from bimo.serving.service import Service, service_of
-from bimo.serving.streaming import KEEP_ALIVE, Batch, EventStream, Generation, collect, event
+from bimo.serving.streaming import Batch, EventStream, Generation, collect, event
 from bimo.serving.translate import constraint, sampling_params, usage_json
 from bimo.serving.vocabulary import Vocabulary
 from bimo.tokenizer.load import Tokenizer
@@ -57,7 +57,8 @@ async def create_completion(http: HttpRequest) -> Response:
     }
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(generation, _events(generation, choices, n, head, with_usage, scores_only))
+        events = _events(generation, choices, head, n, with_usage, scores_only, service.keep_alive)
+        return EventStream(generation, events)
 
     def take(batch: Batch) -> None:
         for number, output in batch:
@@ -71,13 +72,14 @@ async def create_completion(http: HttpRequest) -> Response:
 async def _events(
     generation: Generation,
     choices: list[CompletionChoice],
-    n: int,
     head: dict[str, Any],
+    n: int,
     with_usage: bool,
     scores_only: bool,
+    keep_alive: float,
 ) -> AsyncIterator[bytes]:
     tail = {"usage": None} if with_usage else {}
-    async for batch in generation.batches(KEEP_ALIVE):
+    async for batch in generation.batches(keep_alive):
         if not batch:
             yield b""
         for number, output in batch:

@@ -31,6 +31,7 @@ __all__ = ["api_router", "openapi_document"]
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 _BODIES: list[type[BaseModel]] = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
 _REFERENCE = "#/components/schemas/{model}"
+_NULL = {"type": "null"}
 _REFUSALS = {
     400: "the request is wrong; `param` names the field",
     401: "no key, or a wrong one",
@@ -89,9 +90,15 @@ def api_router() -> APIRouter:
     """All routes of the API."""
     router = APIRouter(redirect_slashes=False)
 
-    def post(path: str, handler: Handler, body: type[BaseModel], answer: type[BaseModel], *, generates: bool) -> None:
-        content = {"text/event-stream": {"schema": {"type": "string"}}} if generates else {}
-        statuses = [400, 401, 404, 408, 413, 415, 421, *([429] if generates else []), 500, 503]
+    def post(
+        path: str,
+        handler: Handler,
+        body: type[BaseModel],
+        answer: type[BaseModel],
+        chunk: type[BaseModel] | None = None,
+    ) -> None:
+        content = {"text/event-stream": {"itemSchema": _event_schema(chunk)}} if chunk else {}
+        statuses = [400, 401, 404, 408, 413, 415, 421, *([429] if chunk else []), 500, 503]
         schema = {"$ref": _REFERENCE.format(model=body.__name__)}
         router.add_api_route(
             path,
@@ -116,10 +123,12 @@ def api_router() -> APIRouter:
             openapi_extra=extra or None,
         )
 
-    post("/v1/chat/completions", create_chat_completion, ChatRequest, answers.ChatCompletion, generates=True)
-    post("/v1/completions", create_completion, CompletionRequest, answers.Completion, generates=True)
-    post("/tokenize", tokenize, TokenizeRequest, answers.Tokenized, generates=False)
-    post("/detokenize", detokenize, DetokenizeRequest, answers.Detokenized, generates=False)
+    post(
+        "/v1/chat/completions", create_chat_completion, ChatRequest, answers.ChatCompletion, answers.ChatCompletionChunk
+    )
+    post("/v1/completions", create_completion, CompletionRequest, answers.Completion, answers.Completion)
+    post("/tokenize", tokenize, TokenizeRequest, answers.Tokenized)
+    post("/detokenize", detokenize, DetokenizeRequest, answers.Detokenized)
     get("/v1/models", list_models, answers.ModelList, [401, 421, 500, 503])
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     get("/v1/models/{model:path}", get_model, answers.ModelCard, [401, 404, 421, 500, 503], parameters=[name])
@@ -129,21 +138,38 @@ def api_router() -> APIRouter:
     return router
 
 
+def _event_schema(chunk: type[BaseModel]) -> dict[str, Any]:
+    """One server-sent event (OpenAPI 3.2's `itemSchema`): a chunk or an error as JSON, at last `[DONE]`."""
+    kinds = [{"$ref": _REFERENCE.format(model=model.__name__)} for model in (chunk, answers.ErrorAnswer)]
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+    return {
+        "type": "object",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+        "required": ["data"],
+    }
+
+
 def _refusals(statuses: list[int]) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": answers.ErrorAnswer, "description": _REFUSALS[status]} for status in statuses}
 
 
-def openapi_document(app: FastAPI, *, with_key: bool) -> dict[str, Any]:
-    """/openapi.json: what FastAPI knows of the routes, the request bodies, and the key when one is set."""
+def openapi_document(app: FastAPI, *, with_key: bool, model_name: str | None) -> dict[str, Any]:
+    """/openapi.json: what FastAPI knows of the routes, the request bodies with the model that is served (None: still
+    loading), and the key when one is set."""
     document = get_openapi(
         title="bimo",
         version=__version__,
         description="An OpenAI-compatible server. Unknown fields are refused by name, never ignored.",
         routes=app.routes,
     )
-    _, schemas = models_json_schema([(model, "validation") for model in _BODIES], ref_template=_REFERENCE)
+    models: list[Any] = [(model, "validation") for model in _BODIES]
+    models.append((answers.ChatCompletionChunk, "serialization"))
+    _, schemas = models_json_schema(models, ref_template=_REFERENCE)
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(schemas["$defs"])
+    if model_name is not None:
+        for body in _BODIES:
+            components["schemas"][body.__name__]["properties"]["model"] |= {"anyOf": [{"const": model_name}, _NULL]}
     if with_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for operations in document["paths"].values():

@@ -28,16 +28,16 @@ __all__ = [
     "ToolSpec",
 ]
 
-MAX_MESSAGES = 4096
-MAX_PARTS = 1024
+MAX_MESSAGES = 1024
+MAX_PARTS = 64
 MAX_PROMPTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOOLS = 128
-MAX_BIASES = 1024
+MAX_BIASES = 300
 MAX_TOKENS = 1 << 24  # far above any context; the context's own limit is the engine's
 MAX_TOKEN_ID = (1 << 31) - 1
-MAX_CHOICES = 4096
+MAX_CHOICES = 1024
 
 
 class Strict(BaseModel):

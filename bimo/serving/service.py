@@ -27,8 +27,9 @@ Result = TypeVar("Result")
 class Service:
     """One backend as seen by HTTP. Made while the model may still load: until `attach`, requests get a 503."""
 
-    def __init__(self, *, model_name: str | None, max_queue: int, max_body_bytes: int) -> None:
+    def __init__(self, *, model_name: str | None, max_queue: int, max_body_bytes: int, keep_alive: float) -> None:
         self.max_body_bytes = max_body_bytes
+        self.keep_alive = keep_alive
         self.admission = Admission(max_queue)
         self.metrics = Metrics(self._stats)
         self.stopping = False

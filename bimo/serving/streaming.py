@@ -29,9 +29,8 @@ from bimo.engine.request import Output, Request, Usage
 from bimo.serving.errors import ApiError, describe, error_body, to_json
 from bimo.serving.observe import ClientGone, Metrics, RequestRecord, record_of
 
-__all__ = ["KEEP_ALIVE", "EventStream", "Generation", "collect", "event"]
+__all__ = ["EventStream", "Generation", "collect", "event"]
 
-KEEP_ALIVE = 15.0  # seconds of silence after which a comment is sent; proxies cut silent connections at 30 or 60
 LOG = logging.getLogger("bimo.serving")
 DONE = b"data: [DONE]\n\n"
 

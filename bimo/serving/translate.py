@@ -60,17 +60,17 @@ def constraint(
             return constrain.json_schema(tokenizer, schema.schema_)
     if outputs is None:
         return None
-    given = {name: value for name in ("json_", "regex", "choice", "grammar") if (value := getattr(outputs, name))}
-    if len(given) != 1:
+    if sum(getattr(outputs, name) is not None for name in ("json_", "regex", "choice", "grammar")) != 1:
         raise combination("structured_outputs", "structured_outputs needs exactly one of json, regex, choice, grammar")
+    param = "structured_outputs"
     if outputs.json_ is not None:
-        return constrain.json_schema(tokenizer, outputs.json_)
+        return constrain.json_schema(tokenizer, outputs.json_, param=param)
     if outputs.regex is not None:
-        return constrain.regex(tokenizer, outputs.regex)
+        return constrain.regex(tokenizer, outputs.regex, param=param)
     if outputs.choice is not None:
-        return constrain.choice(tokenizer, outputs.choice)
+        return constrain.choice(tokenizer, outputs.choice, param=param)
     assert outputs.grammar is not None
-    return constrain.grammar(tokenizer, outputs.grammar)
+    return constrain.grammar(tokenizer, outputs.grammar, param=param)
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

@@ -31,7 +31,7 @@ function retrySeconds(header) {
  * the larger number is the prompt's (that is what the complaint is about). null for any other error. */
 function contextNumbers(error) {
   const coded = /context_length/.test(`${error.code} ${error.type}`);
-  if (!coded && !/context/i.test(error.message ?? "")) return null;
+  if (!coded && !/maximum context|context (length|window|size)/i.test(error.message ?? "")) return null; // other servers
   if (error.prompt_tokens && error.context_length) {
     return { promptTokens: error.prompt_tokens, contextLength: error.context_length };
   }
@@ -46,11 +46,13 @@ function errorFrom(status, headers, error) {
   const known = { status, detail, retryAfter: retrySeconds(headers?.get("retry-after")) };
   const numbers = status < 500 && error ? contextNumbers(error) : null;
   if (numbers) return new ApiError("context", { ...known, ...numbers });
+  if (error?.code === "shutting_down") return new ApiError("network", known);
   return new ApiError(KINDS[status] ?? (status >= 500 ? "server" : "request"), known);
 }
 
 async function call(path, options) {
   const headers = { ...options.headers };
+  if (/[^\x21-\x7e]/.test(apiKey.value)) throw new ApiError("key"); // fetch would refuse it as a header
   if (apiKey.value) headers.Authorization = `Bearer ${apiKey.value}`;
   let response;
   try {

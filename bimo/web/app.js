@@ -14,7 +14,7 @@ import { Composer, fillComposer } from "./composer.js";
 import { loadWords, t } from "./i18n.js";
 import { current, openLibrary, show } from "./library.js";
 import { Announcer, Banner, notify, Question, Toast } from "./notices.js";
-import { narrow, systemDark, theme } from "./preferences.js";
+import { narrow } from "./preferences.js";
 import { change } from "./settings.js";
 import { openSettings, SettingsPanel } from "./settings-panel.js";
 import { drawerOpen, newChat, Sidebar, sidebarShown, startSearch, toggleSidebar } from "./sidebar.js";
@@ -42,8 +42,9 @@ function Header() {
     <${ModelName} />
     ${hasMessages(current.value) && html`<h1 class="top-title" dir="auto" title=${title}>${title}</h1>`}
     <span class="grow"></span>
-    <${IconButton} name="compose" class="top-new" label=${t("sidebar.new")} onClick=${newChat} />
-    <${IconButton} name="settings" label=${t("settings.title")} onClick=${openSettings} />
+    ${!(shown && !narrow.value) && html`
+      <${IconButton} name="compose" label=${t("sidebar.new")} onClick=${newChat} />
+      <${IconButton} name="settings" label=${t("settings.title")} onClick=${openSettings} />`}
   </header>`;
 }
 
@@ -108,10 +109,6 @@ async function start() {
     const address = hasMessages(conversation) ? `#/c/${conversation.id}` : "#/";
     if (location.hash !== address && !(address === "#/" && !location.hash)) history.replaceState(null, "", address);
     document.title = conversation.title ? `${conversation.title} · bimo` : "bimo · 笔墨";
-  });
-  effect(() => {
-    const dark = theme.value === "dark" || (theme.value === "system" && systemDark.value);
-    document.documentElement.classList.toggle("dark", dark);
   });
   window.addEventListener("hashchange", follow);
   document.addEventListener("keydown", onKeyDown);

@@ -139,7 +139,7 @@ const busy = (id) => runs.peek().has(id);
 export function send(text) {
   const conversation = current.peek();
   if (!text.trim() || busy(conversation.id)) return false;
-  const [next, node] = ask(conversation, thread(conversation).at(-1)?.id ?? "", text.trim());
+  const [next, node] = ask(conversation, thread(conversation).at(-1)?.id ?? "", text.trim().toWellFormed());
   answer(next, node.id);
   return true;
 }
@@ -148,7 +148,7 @@ export function send(text) {
 export function resend(id, text) {
   const conversation = current.peek();
   if (!text.trim() || busy(conversation.id)) return false;
-  const [next, node] = ask(conversation, conversation.nodes[id].parent, text.trim());
+  const [next, node] = ask(conversation, conversation.nodes[id].parent, text.trim().toWellFormed());
   answer(next, node.id);
   return true;
 }

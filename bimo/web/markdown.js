@@ -41,9 +41,10 @@ const tokenizer = {
   },
   // One tilde is a range or a friendly ending in Chinese (3~5天, 好的~), never a strike-through.
   del: (source) => (source.startsWith("~~") ? false : undefined),
-  // A bare address ends where Chinese text begins: 见https://a.cn/x，然后…
+  // A bare address ends where Chinese text begins (见https://a.cn/x，然后…), unless a part of its path is Chinese from
+  // its first character on (…/wiki/瑞利散射).
   url(source) {
-    const match = /^(?:https?:\/\/|www\.)[^\s<>"'`\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef“”‘’]+/i.exec(source);
+    const match = /^(?:https?:\/\/|www\.)(?:[^\s<>"'`\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef“”‘’]|(?<=[/=_])[\u3400-\u9fff]+)+/i.exec(source);
     if (!match) return source.includes("@") ? false : undefined;
     let text = match[0].replace(/[.,;:!?*_~]+$/, "");
     while (text.endsWith(")") && text.split(")").length > text.split("(").length) text = text.slice(0, -1);
@@ -97,6 +98,7 @@ const POLICY = {
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   ALLOWED_URI_REGEXP: SAFE_LINK,
+  ADD_URI_SAFE_ATTR: ["align", "start"], // values that need not look like a link
   RETURN_DOM_FRAGMENT: true,
 };
 

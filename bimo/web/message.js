@@ -98,10 +98,12 @@ function Stats({ node }) {
   const parts = [];
   if (usage?.completion !== undefined) {
     parts.push(t("stats.tokens", { count: usage.completion }));
-    if (timing?.stream > 50 && usage.completion > 1) {
-      parts.push(t("stats.rate", { rate: number((usage.completion - 1) / (timing.stream / 1000)) }));
+    const rate = (usage.completion - 1) / (timing?.stream / 1000); // the first token belongs to the wait
+    if (timing?.stream > 50 && rate > 0) {
+      parts.push(t("stats.rate", { rate: number(rate, rate < 100 ? 1 : 0) }));
     }
   } else if (usage?.pieces) parts.push(t("stats.about", { count: usage.pieces }));
+  if (node.finish === "stopped") parts.unshift(t("finish.stopped"));
   if (timing?.wait) parts.push(t("stats.wait", { seconds: number(timing.wait / 1000, 2) }));
   if (!parts.length) return null;
   const more = [model];
@@ -130,10 +132,10 @@ function Ending({ node, last }) {
             </div>`)}
       </div></div>`;
   }
-  if (finish === "stop" || finish === "tool_calls") return null;
+  if (["stop", "stopped", "tool_calls"].includes(finish)) return null;
   const interrupted = finish === "interrupted";
   return html`<div class="notice ${interrupted ? "trouble" : ""}" role=${interrupted ? "alert" : "note"}>
-    ${icon(finish === "stopped" ? "stop" : "alert")}
+    ${icon("alert")}
     <div class="grow"><p>${t(`finish.${finish}`)}</p></div>
     ${last && interrupted && html`<button type="button" class="button small" onClick=${retry}>${t("retry")}</button>`}
     ${last && finish === "length" && html`<button type="button" class="button small"
@@ -149,10 +151,8 @@ function Reasoning({ text, thinking }) {
   </details>`;
 }
 
-/** The answer that is being written. Reads the run's text: redrawn with each piece, alone. */
-function LiveAnswer({ run }) {
-  const received = run.text.value;
-  const { content, reasoning, thinking } = splitReasoning(received);
+/** Says a growing answer aloud, in sentences, until it is taken off the page. */
+function Voice({ run, content }) {
   const narrator = useRef(null);
   useEffect(() => {
     narrator.current = new Narrator();
@@ -160,31 +160,46 @@ function LiveAnswer({ run }) {
     return () => narrator.current.end(splitReasoning(run.text.peek()).content);
   }, []);
   useEffect(() => narrator.current.hear(content), [content]);
-  return html`
-    <${Reasoning} text=${run.reasoning || reasoning} thinking=${thinking || (run.reasoning && !content)} />
-    ${content
-      ? html`<${Prose} text=${content} streaming onPaint=${(cost) => (run.paintCost = cost)} />`
-      : html`<div class="waiting" aria-hidden="true"><i></i><i></i><i></i></div>`}`;
+  return null;
+}
+
+/** What there is to show of an answer. While it is being written that is in its run, and reading `run.text` here has
+ * this one message drawn again with each piece. */
+function shownText(node, run) {
+  if (!run) return { content: node.content, reasoning: node.reasoning, thinking: false };
+  const split = splitReasoning(run.text.value);
+  const thinking = split.thinking || Boolean(run.reasoning && !split.content);
+  return { content: split.content, reasoning: run.reasoning || split.reasoning, thinking };
+}
+
+function AnswerActions({ node, last, locked }) {
+  const offersRetry = last && (node.error || (node.finish ?? "interrupted") === "interrupted"); // the notice has the button
+  return html`<div class="actions">
+    <${Versions} node=${node} />
+    ${node.content && html`<${CopyButton} text=${node.content} />`}
+    ${!offersRetry && html`<${IconButton} name="regenerate" label=${t("message.regenerate")} disabled=${locked}
+      onClick=${() => regenerate(node.id)} />`}
+    <${Stats} node=${node} />
+  </div>`;
 }
 
 const Answer = memo(({ node, last }) => {
-  const run = currentRun.value;
-  const mine = run?.nodeId === node.id;
-  return html`<article class="message assistant" data-id=${node.id} aria-busy=${mine}>
+  const running = currentRun.value;
+  const run = running?.nodeId === node.id ? running : null;
+  const { content, reasoning, thinking } = shownText(node, run);
+  // One Prose for both states: when the answer ends, its finished blocks stay as they are.
+  return html`<article class="message assistant" data-id=${node.id} aria-busy=${Boolean(run)}>
     <h2 class="offscreen">${t("message.answer")}</h2>
-    ${mine
-      ? html`<${LiveAnswer} run=${run} />`
-      : html`<${Reasoning} text=${node.reasoning} />
-        ${node.content && html`<${Prose} text=${node.content} />`}
-        ${!node.content && node.finish === "stop" && html`<p class="quiet">${t("answer.empty")}</p>`}
-        <${Ending} node=${node} last=${last} />
-        <div class="actions">
-          <${Versions} node=${node} />
-          ${node.content && html`<${CopyButton} text=${node.content} />`}
-          <${IconButton} name="regenerate" label=${t("message.regenerate")} disabled=${Boolean(run)}
-            onClick=${() => regenerate(node.id)} />
-          <${Stats} node=${node} />
-        </div>`}
+    ${run && html`<${Voice} key="voice" run=${run} content=${content} />`}
+    <${Reasoning} key="reasoning" text=${reasoning} thinking=${thinking} />
+    ${content && html`<${Prose} key="prose" text=${content} streaming=${Boolean(run)}
+      onPaint=${run && ((cost) => (run.paintCost = cost))} />`}
+    ${run && !content && html`<div key="waiting" class="waiting" aria-hidden="true"><i></i><i></i><i></i></div>`}
+    ${!run && html`<div key="ending">
+      ${!content && node.finish === "stop" && html`<p class="quiet">${t("answer.empty")}</p>`}
+      <${Ending} node=${node} last=${last} />
+      <${AnswerActions} node=${node} last=${last} locked=${Boolean(running)} />
+    </div>`}
   </article>`;
 });
 

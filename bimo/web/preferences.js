@@ -1,7 +1,7 @@
 // What the user prefers about the page itself: theme, language, sidebar, and the server's key. Small values in
 // localStorage, read once; every access is guarded because a browser may forbid storage or have filled it.
 
-import { effect, signal } from "./ui.js";
+import { computed, effect, signal } from "./ui.js";
 
 const PREFERENCES = "bimo.preferences"; // also read by boot.js
 const KEY = "bimo.key";
@@ -46,11 +46,13 @@ effect(() => {
   writeStored(PREFERENCES, { theme: theme.value, language: languageChoice.value, sidebar: sidebarOpen.value });
 });
 
-/** Whether the page is shown dark right now. */
-export const systemDark = signal(false);
+const systemDark = signal(false);
 const darkQuery = matchMedia("(prefers-color-scheme: dark)");
 systemDark.value = darkQuery.matches;
 darkQuery.addEventListener("change", (event) => (systemDark.value = event.matches));
+
+/** Whether the page is shown dark right now. */
+export const dark = computed(() => theme.value === "dark" || (theme.value === "system" && systemDark.value));
 
 /** True when the window is too narrow for the sidebar beside the chat. The width is style.css's. */
 export const narrow = signal(false);

@@ -8,6 +8,10 @@ import { blockToDom, blocks } from "./markdown.js";
 import { announce } from "./notices.js";
 import { copyText, html, languageOf, useEffect, useLayoutEffect, useRef } from "./ui.js";
 
+const LIVE_COLOURS = 4000; // characters of a growing code block that are still coloured with each piece (a few ms)
+
+const CLASSES = { space: "block-empty", def: "block-empty", heading: "block outline" };
+
 function copyButton() {
   const button = document.createElement("button");
   button.type = "button";
@@ -33,6 +37,10 @@ function dress(fragment) {
     pre.setAttribute("role", "region");
     pre.setAttribute("aria-label", t("code.region", { language: tag || t("code.plain") }));
     figure.append(bar, pre);
+  }
+  for (const emphasis of fragment.querySelectorAll("em")) {
+    // Slanted Chinese is hard to read; Chinese emphasises with dots.
+    if (languageOf(emphasis.textContent) === "zh-CN") emphasis.className = "dotted";
   }
   for (const table of fragment.querySelectorAll("table")) {
     const frame = document.createElement("div");
@@ -91,10 +99,12 @@ class ProseView {
         return;
       }
       const element = part?.element ?? this.container.appendChild(document.createElement("div"));
-      element.className = token.type === "space" || token.type === "def" ? "block-empty" : "block";
+      element.className = CLASSES[token.type] ?? "block";
+      element.classList.toggle("growing", !finished);
       element.replaceChildren(dress(blockToDom(token)));
       this.parts[index] = { raw: token.raw, element, final: false };
       if (finished) this.finish(this.parts[index]);
+      else if (token.type === "code" && token.text && token.text.length < LIVE_COLOURS) this.colour(element);
     });
     for (const part of this.parts.splice(from + tokens.length)) part.element.remove();
   }
@@ -102,7 +112,12 @@ class ProseView {
   /** A block that will not change any more gets its colours. */
   finish(part) {
     part.final = true;
-    for (const code of part.element.querySelectorAll("pre > code")) {
+    part.element.classList.remove("growing");
+    this.colour(part.element);
+  }
+
+  colour(element) {
+    for (const code of element.querySelectorAll("pre > code")) {
       highlight(code, /language-(\S+)/.exec(code.className)?.[1] ?? "");
     }
   }

@@ -3,11 +3,11 @@
 
 import { runs, stop } from "./chat.js";
 import { fillComposer } from "./composer.js";
-import { languageTag, t } from "./i18n.js";
+import { language, languageTag, t } from "./i18n.js";
 import { icon } from "./icons.js";
 import { current, erase, rename, restore, show, summaries } from "./library.js";
 import { notify } from "./notices.js";
-import { narrow, sidebarOpen } from "./preferences.js";
+import { dark, languageChoice, narrow, sidebarOpen, theme } from "./preferences.js";
 import { openSettings } from "./settings-panel.js";
 import { searchMessages } from "./storage.js";
 import { html, IconButton, isComposing, isPlainEnter, signal, useEffect, useRef, useState } from "./ui.js";
@@ -38,6 +38,9 @@ export async function newChat() {
   drawerOpen.value = false;
   fillComposer();
 }
+
+const switchLanguage = () => (languageChoice.value = language.peek() === "zh" ? "en" : "zh");
+const switchTheme = () => (theme.value = dark.peek() ? "light" : "dark");
 
 /** Which heading a conversation stands under: "today", "yesterday", "week", or its month as text. */
 function ageGroup(time) {
@@ -181,6 +184,9 @@ export function Sidebar() {
     <nav class="conversations" aria-label=${t("sidebar.list")}><${List} lines=${lines} words=${words.trim()} /></nav>
     <div class="sidebar-bottom">
       <button type="button" class="side-button" onClick=${openSettings}>${icon("settings")}<span>${t("settings.title")}</span></button>
+      <button type="button" class="side-button" lang=${language.value === "zh" ? "en" : "zh-CN"} onClick=${switchLanguage}>
+        ${language.value === "zh" ? "English" : "中文"}</button>
+      <${IconButton} name=${dark.value ? "sun" : "moon"} label=${t(dark.value ? "theme.to.light" : "theme.to.dark")} onClick=${switchTheme} />
     </div>
   </aside>
   ${narrow.value && drawerOpen.value && html`<div class="scrim" onClick=${() => toggleSidebar(false)}></div>`}`;

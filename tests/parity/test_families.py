@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ import pytest
 import torch
 import transformers
 
+from bimo.engine.paged import PagedCache, StepAttention
+from bimo.engine.request import Request
+from bimo.engine.scheduler import Scheduled
+from bimo.engine.sequence import Sequence
+from bimo.formats.gguf import convert_gguf, write_gguf
 from bimo.formats.huggingface import load_weights, read_config, save_directory
 from bimo.models.decoder import Decoder
 
@@ -131,16 +137,11 @@ def test_logits_equal_transformers_in_and_out(name: str, tmp_path: Path) -> None
 
 def cached_logits(decoder: Decoder, rows: torch.Tensor, chunks: tuple[tuple[int, ...], ...]) -> torch.Tensor:
     """Logits of two sequences that share the steps of one paged cache, each fed by its own chunk sizes."""
-    from bimo.engine.paged import PagedCache, StepAttention
-    from bimo.engine.request import Request
-    from bimo.engine.scheduler import Scheduled
-    from bimo.engine.sequence import Sequence
-
     num_blocks, block_size = 26, 4
     cache = PagedCache(decoder.config, num_blocks, block_size, torch.float32, torch.device("cpu"))
     sequences = [
         Sequence(
-            request=Request(prompt_ids=row.tolist()),
+            request=Request(prompt_token_ids=row.tolist()),
             index=0,
             arrival=number,
             token_ids=row.tolist(),
@@ -150,7 +151,7 @@ def cached_logits(decoder: Decoder, rows: torch.Tensor, chunks: tuple[tuple[int,
         )
         for number, row in enumerate(rows)
     ]
-    logits = [[], []]
+    logits: list[list[torch.Tensor]] = [[], []]
     starts = [0, 0]
     with torch.inference_mode():
         for step in zip(*chunks, strict=True):
@@ -175,3 +176,37 @@ def test_logits_equal_transformers_through_the_paged_cache(name: str, tmp_path: 
     assert [sum(sizes) for sizes in chunks] == [NUM_TOKENS] * 2
     logits = cached_logits(load_decoder(tmp_path), ids, chunks)
     assert (logits - reference_logits(reference, ids)).abs().max() < TOLERANCE
+
+
+GGUF_MODELS = (
+    "gpt2", "llama", "llama-tied-heads", "llama-biases", "llama-theta", "llama-linear", "llama-llama3", "llama-yarn",
+    "mistral", "qwen2", "qwen3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("name", GGUF_MODELS)
+def test_gguf_round_trip(name: str, kind: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Out to GGUF and in again: F16 keeps every weight's float16 value, Q8_0 stays within its step."""
+    family, settings = MODELS[name]
+    source = tmp_path / "reference"
+    # More rows than tiny_model_dir's tokenizer has tokens, as models padded to a round vocabulary have.
+    make_reference(source, family, settings | {"vocab_size": 640})
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copyfile(tiny_model_dir / file, source / file)
+    write_gguf(source, tmp_path / "model.gguf", kind)
+    progress: list[tuple[int, int]] = []
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "back", lambda done, total: progress.append((done, total)))
+    assert progress[-1][0] == progress[-1][1] > 0
+
+    original, back = load_decoder(source), load_decoder(tmp_path / "back")
+    half = {name: tensor.half().float() for name, tensor in original.state_dict().items()}
+    for name, tensor in back.state_dict().items():
+        # A step of Q8_0 is a 127th of its block's largest value: half of that, and room for float16 scales.
+        allowed = 0.0 if kind == "f16" else half[name].abs().max() / 200
+        assert (tensor - half[name]).abs().max() <= allowed, name
+    ids = random_ids(640)
+    original.load_state_dict(half)
+    expected, logits = bimo_logits(original, ids), bimo_logits(back, ids)
+    assert (logits - expected).abs().mean() < (1e-6 if kind == "f16" else 0.05) * expected.std()
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
