@@ -23,7 +23,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c const
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench clean distclean chromium model
+.PHONY: help setup run test check bench docs clean distclean chromium model
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -43,6 +43,9 @@ check: $(VENV)/.installed-dev ## ruff, mypy, architecture
 
 bench: $(VENV)/.installed-bench ## measure bimo and its peers on this machine, printed as ratios
 	$(BIN)/python -m benchmarks.run
+
+docs: $(VENV)/.installed ## write the generated pages of docs/
+	$(BIN)/python docs/generate_cli.py
 
 clean: ## remove caches and build products (models stay in the cache folder, `bimo models` shows it)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis test-results *.egg-info

@@ -1,12 +1,11 @@
 """bimo's own engine as a backend: one thread runs the engine, any number of threads or coroutines submit to it.
 
-    submit ──► commands ──► [ engine thread: drain commands, step, hand out ] ──► each request's sink
+submit ──► commands ──► [ engine thread: drain commands, step, hand out ] ──► each request's sink
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import queue
 import threading
@@ -151,12 +150,11 @@ class LocalBackend:
         """Outputs as they come; leaving the loop early aborts the request."""
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[Output] = asyncio.Queue()
-        self.submit(request, lambda output: loop.call_soon_threadsafe(outputs.put_nowait, output) and None)
-        async with contextlib.aclosing(self._until_done(request, outputs)) as stream:
-            async for output in stream:
-                yield output
 
-    async def _until_done(self, request: Request, outputs: asyncio.Queue[Output]) -> AsyncIterator[Output]:
+        def sink(output: Output) -> None:
+            loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        self.submit(request, sink)
         done = False
         try:
             while not done:

@@ -321,14 +321,14 @@ def _stricter(node: Any) -> Any:
         return [_stricter(value) for value in node]
     if not isinstance(node, Mapping):
         return node
-    copy = {}
+    copy: dict[str, Any] = {}
     for key, value in node.items():
         if key in _NAMED_SCHEMAS:
             copy[key] = {name: _stricter(entry) for name, entry in value.items()}
         else:
             copy[key] = _stricter(value) if key in _SCHEMAS or key in _SCHEMA_LISTS else value
-    if copy.get("format") in _STRICTER and "pattern" not in copy:
-        copy["pattern"] = _STRICTER[copy["format"]]
+    if isinstance(kind := copy.get("format"), str) and kind in _STRICTER:
+        copy.setdefault("pattern", _STRICTER[kind])
     return copy
 
 

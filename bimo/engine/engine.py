@@ -15,8 +15,10 @@ import random
 import secrets
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from bimo.engine.cache import BlockPool
-from bimo.engine.request import Output, Request, TokenLogprob, Usage
+from bimo.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
 from bimo.engine.runner import ModelRunner, StepResult
 from bimo.engine.sampling import choose_tokens, process_logits, token_logprobs
 from bimo.engine.scheduler import Scheduled, Scheduler
@@ -110,7 +112,7 @@ class Engine:
                 max_tokens=max_tokens,
                 eos_token_ids=frozenset() if sampling.ignore_eos else frozenset(self.tokenizer.eos_token_ids),
                 leader=sequences[0] if sequences else None,
-                text=TextStream(self.tokenizer, sampling.stop, sampling.include_stop),
+                text=TextStream(self.tokenizer, sampling.stop, sampling.include_stop, sampling.min_tokens),
                 constraint=request.constraint() if request.constraint else None,
                 rng=random.Random(base_seed + index),
             )
@@ -205,7 +207,7 @@ class Engine:
     def _gang(self, root: Sequence) -> Gang:
         sampling = root.sampling
 
-        def ending(sequence: Sequence, token: int) -> str | None:
+        def ending(sequence: Sequence, token: int) -> FinishReason | None:
             return would_end(sequence, token, self.tokenizer)
 
         if sampling.num_beams > 1:
@@ -249,7 +251,7 @@ class Engine:
             outputs += self._append(sequence, token)
         return outputs
 
-    def _note_logprobs(self, raw, tokens: list[int], sequences: list[Sequence]) -> None:
+    def _note_logprobs(self, raw: Tensor, tokens: list[int], sequences: list[Sequence]) -> None:
         wanted = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None or s.sampling.best_of]
         if not wanted:
             return
@@ -373,20 +375,20 @@ class Engine:
             outputs.append(self._whole(sequence, index, usage if index == len(found) - 1 else None))
         return outputs
 
-    def _end(self, live: _Live, reason: str, message: str | None = None) -> list[Output]:
-        """End what is unfinished of a request."""
-        outputs = []
+    def _end(self, live: _Live, reason: FinishReason, message: str | None = None) -> list[Output]:
+        """End what is unfinished of a request: one last Output for each of the n that had none."""
         for sequence in live.sequences:
             if sequence.finish_reason is None:
                 for member in list(sequence.gang.members) if sequence.gang else [sequence]:
                     self.scheduler.finish(member)
-                sequence.finish_reason = reason
-                outputs.append(
-                    Output(live.request.request_id, sequence.index, finish_reason=reason, error=message)
-                )
-        usage = self._close(live)
-        if outputs:
-            outputs[-1].usage = usage
+        told: set[int] = set()
+        if len(live.sequences) == live.request.sampling.n and live.request.sampling.best_of is None:
+            told = {s.index for s in live.sequences if s.finish_reason is not None}
+        for sequence in live.sequences:
+            sequence.finish_reason = sequence.finish_reason or reason
+        untold = [i for i in range(live.request.sampling.n) if i not in told]
+        outputs = [Output(live.request.request_id, i, finish_reason=reason, error=message) for i in untold]
+        outputs[-1].usage = self._close(live)
         return outputs
 
     def _close(self, live: _Live) -> Usage:

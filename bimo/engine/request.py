@@ -134,14 +134,23 @@ class SamplingParams:
             raise UsageError("contrastive search is deterministic and gives one answer: n must be 1", "n")
         if searching and self.best_of is not None:
             raise UsageError("best_of has no effect on beam or contrastive search", "best_of")
-        if searching and self.logprobs is not None and self.penalty_alpha > 0:
-            raise UsageError("logprobs are not defined for contrastive search", "logprobs")
+        if searching and (self.logprobs or 0) > 0:
+            raise UsageError("beam and contrastive search give logprobs of the chosen tokens only: 0", "logprobs")
+        neutral = {"temperature": (0, 1), "top_p": (1,), "min_p": (0,), "typical_p": (1,)}
+        if self.num_beams > 1:
+            neutral["top_k"] = (0,)
+        for name, values in neutral.items():
+            if searching and getattr(self, name) not in values:
+                raise UsageError(f"{name} has no effect on beam or contrastive search: leave it out", name)
         if self.num_beams > 1 and self.n > self.num_beams:
             raise UsageError(f"n {self.n} exceeds num_beams {self.num_beams}", "n")
         if self.num_beams % self.num_beam_groups:
             raise UsageError("num_beams must be a multiple of num_beam_groups", "num_beam_groups")
         if self.diversity_penalty and self.num_beam_groups == 1:
             raise UsageError("diversity_penalty needs num_beam_groups of at least 2", "diversity_penalty")
+        if self.num_beams == 1 and (self.early_stopping or self.length_penalty != 1):
+            name = "early_stopping" if self.early_stopping else "length_penalty"
+            raise UsageError(f"{name} has an effect on beam search only: set num_beams", name)
 
     @property
     def greedy(self) -> bool:

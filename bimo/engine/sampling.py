@@ -101,7 +101,7 @@ def distribution(logits: Tensor, params: list[SamplingParams]) -> tuple[Tensor, 
     """Unnormalised probabilities after temperature, top_k, top_p, min_p and typical_p, in this order.
 
     Returns (N, C) probabilities and the (N, C) token ids they belong to, most likely first; or None for ids when
-    C = V in vocabulary order. top_p: Holtzman et al., arXiv:1904.09751; min_p: arXiv:2407.01082; typical: arXiv:2202.00666.
+    C = V in vocabulary order. top_p: arXiv:1904.09751; min_p: arXiv:2407.01082; typical_p: arXiv:2202.00666.
     """
 
     def column(name: str) -> Tensor:

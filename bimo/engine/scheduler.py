@@ -209,4 +209,3 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         sequence.blocks, sequence.block_names, sequence.num_computed = [], [], 0
         sequence.hidden = None
-

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bimo.engine.request import FinishReason, SamplingParams
@@ -42,7 +43,8 @@ class Hypothesis(NamedTuple):
 class Search(Protocol):
     """One request's search. `finished` holds the results once `advance` returns []."""
 
-    finished: list[Hypothesis]
+    @property
+    def finished(self) -> list[Hypothesis]: ...
 
     def advance(self, members: list[Sequence], logits: Tensor, hidden: Tensor) -> list[Child]:
         """members (m), their raw logits (m, V) and last hidden states (m, D) -> the next members, or [] at the end."""
@@ -84,12 +86,11 @@ class BeamSearch:
         logprobs: list[list[float]] = []
         chosen: Counter[int] = Counter()
         for number, group in enumerate(self.groups):
-            if group.done:
-                self.places[number] = []
-                continue
-            picks = self._candidates(group, self.places[number], log_probs, chosen)
-            running = self._split(group, members, picks, length)
-            self._update_done(group, [score for score, _, _ in running], length)
+            running = []
+            if not group.done:
+                picks = self._candidates(group, self.places[number], log_probs, chosen)
+                running = self._split(group, members, picks, length)
+                group.done = self._is_done(group, [score for score, _, _ in running], length)
             if group.done:
                 self.places[number] = []
                 continue
@@ -142,16 +143,14 @@ class BeamSearch:
         del group.finished[self.size :]
         return running[: self.size]
 
-    def _update_done(self, group: _Group, running_scores: list[float], length: int) -> None:
+    def _is_done(self, group: _Group, running_scores: list[float], length: int) -> bool:
         """Stop when nothing runs, when enough are finished (early_stopping), or when none can still win."""
-        full = len(group.finished) == self.size
         if not running_scores:
-            group.done = True
-        elif full and self.sampling.early_stopping:
-            group.done = True
-        elif full:
-            best_possible = running_scores[0] / length**self.sampling.length_penalty
-            group.done = best_possible <= group.finished[-1].score
+            return True
+        if len(group.finished) < self.size:
+            return False
+        best_possible = running_scores[0] / length**self.sampling.length_penalty
+        return self.sampling.early_stopping or best_possible <= group.finished[-1].score
 
 
 class ContrastiveSearch:
@@ -160,9 +159,14 @@ class ContrastiveSearch:
 
     def __init__(self, sampling: SamplingParams, ending: Ending) -> None:
         self.sampling, self.ending = sampling, ending
-        self.finished: list[Hypothesis] = []
+        self._found: list[Hypothesis] = []
         self.probabilities: Tensor | None = None  # of the candidates being computed
         self.logprobs: list[float] = []
+
+    @property
+    def finished(self) -> list[Hypothesis]:
+        """The one answer, once there is one."""
+        return self._found
 
     def advance(self, members: list[Sequence], logits: Tensor, hidden: Tensor) -> list[Child]:
         best = 0
@@ -179,7 +183,9 @@ class ContrastiveSearch:
         assert self.probabilities is not None
         context = members[0].hidden[:-1].float()  # the same for all candidates: they differ in the last token only
         candidates = hidden.float()
-        similarity = torch.nn.functional.normalize(candidates, dim=-1) @ torch.nn.functional.normalize(context, dim=-1).T
+        similarity = (
+            torch.nn.functional.normalize(candidates, dim=-1) @ torch.nn.functional.normalize(context, dim=-1).T
+        )
         penalty = similarity.amax(dim=-1)
         alpha = self.sampling.penalty_alpha
         return int(((1 - alpha) * self.probabilities - alpha * penalty).argmax())
@@ -190,5 +196,5 @@ class ContrastiveSearch:
         reason = self.ending(sequence, token)
         sequence.token_ids.append(token)
         if reason is not None:
-            self.finished = [Hypothesis(sum(self.logprobs), sequence.output_ids, self.logprobs, reason)]
+            self._found = [Hypothesis(sum(self.logprobs), sequence.output_ids, self.logprobs, reason)]
         return reason is not None

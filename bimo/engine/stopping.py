@@ -39,7 +39,7 @@ def would_end(sequence: Sequence, token: int, tokenizer: Tokenizer) -> FinishRea
     """The reason `token` would end the sequence, or None."""
     if token in sequence.eos_token_ids or token in sequence.sampling.stop_token_ids:
         return "stop"
-    if sequence.sampling.stop:
+    if sequence.sampling.stop and sequence.num_output >= sequence.sampling.min_tokens:
         text = tokenizer.decode([*sequence.output_ids, token])
         if any(stop in text for stop in sequence.sampling.stop):
             return "stop"
@@ -57,5 +57,6 @@ def finish_text(sequence: Sequence, tokenizer: Tokenizer) -> str:
     ids = sequence.output_ids
     if ids and (ids[-1] in sequence.eos_token_ids or ids[-1] in sequence.sampling.stop_token_ids):
         ids = ids[:-1]
-    text = TextStream(tokenizer, sequence.sampling.stop, sequence.sampling.include_stop)
+    sampling = sequence.sampling
+    text = TextStream(tokenizer, sampling.stop, sampling.include_stop, sampling.min_tokens)
     return "".join([text.push(token) for token in ids]) + text.flush()

@@ -261,21 +261,22 @@ def _architecture(config: DecoderConfig) -> tuple[str, GgufFamily]:
         raise UnsupportedModelError(f"llama.cpp has no architecture for family {config.family}; GGUF holds {known}")
     architecture, family = found[0], GGUF_FAMILIES[found[0]]
     config_to_hf(config)  # refuses what even the family cannot say
-    rope = config.rope
-    refused = [name for name, values in family.writable.items() if getattr(config, name) not in values]
+    refused = {
+        name: value for name, values in family.writable.items() if (value := getattr(config, name)) not in values
+    }
     if any(window is not None and window < config.max_positions for window in config.windows):
-        refused.append("windows")
+        refused["windows"] = config.windows
     if architecture == "qwen2" and config.head_dim * config.num_heads != config.hidden_size:
-        refused.append("head_dim")
-    if rope.kind == "llama3" and (architecture != "llama" or (rope.low_freq_factor, rope.high_freq_factor) != (1, 4)):
-        refused.append("rope")
-    plain_yarn = RopeConfig(
-        theta=rope.theta, kind="yarn", factor=rope.factor, original_max_positions=rope.original_max_positions
-    )
-    if rope.kind == "yarn" and rope != plain_yarn:
-        refused.append("rope")
+        refused["head_dim"] = config.head_dim
+    if config.rope.kind == "llama3" and architecture != "llama":
+        refused["rope.kind"] = "llama3"
+    plain = RopeConfig(theta=config.rope.theta, kind=config.rope.kind, factor=config.rope.factor)
+    for item in dataclasses.fields(RopeConfig):
+        value = getattr(config.rope, item.name)
+        if item.name != "original_max_positions" and value != getattr(plain, item.name):
+            refused[f"rope.{item.name}"] = value
     if refused:
-        shown = ", ".join(f"{name} = {getattr(config, name)!r:.120}" for name in refused)
+        shown = ", ".join(f"{name} = {value!r:.60}" for name, value in refused.items())
         raise UnsupportedModelError(f"llama.cpp's architecture {architecture} does not compute {shown}")
     return architecture, family
 

@@ -288,8 +288,7 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 def tokenizer_to_gguf(directory: Path) -> dict[str, Any]:
     """The `tokenizer.*` metadata of a model directory: str, bool, int, and lists of str, int or float.
 
-    The token list is filled up to config.json's `vocab_size` with unused ones, since llama.cpp takes the size of the
-    embedding from it. Raises UnsupportedModelError for a tokenizer GGUF has no words for.
+    Ids without a token become unused ones. Raises UnsupportedModelError for a tokenizer GGUF has no words for.
     """
     tokenizer = Tokenizer.from_directory(directory)
     state = json.loads(tokenizer.backend.to_str())
@@ -297,11 +296,9 @@ def tokenizer_to_gguf(directory: Path) -> dict[str, Any]:
     if model["type"] != "BPE":
         raise UnsupportedModelError(f"the tokenizer is {model['type']}; GGUF export knows BPE only")
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
-    size = _embedding_rows(directory, tokenizer.vocab_size)
     spellings = [tokenizer.token_spelling(i) for i in range(tokenizer.vocab_size)]
     texts = [text or f"[PAD{i}]" for i, text in enumerate(spellings)]
-    texts += [f"[PAD{i}]" for i in range(len(texts), size)]
-    types = [UNUSED if i >= len(spellings) or not spellings[i] else NORMAL for i in range(size)]
+    types = [NORMAL if text else UNUSED for text in spellings]
     for i, token in tokenizer.backend.get_added_tokens_decoder().items():
         types[i] = CONTROL if token.special else USER_DEFINED
     out: dict[str, Any] = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
@@ -339,19 +336,6 @@ def tokenizer_to_gguf(directory: Path) -> dict[str, Any]:
     if tokenizer.chat_template:
         out["tokenizer.chat_template"] = tokenizer.chat_template
     return out
-
-
-def _embedding_rows(directory: Path, vocab_size: int) -> int:
-    """`vocab_size` of config.json, or the tokenizer's own where there is none."""
-    file = directory / "config.json"
-    rows = json.loads(file.read_text(encoding="utf-8")).get("vocab_size") if file.is_file() else None
-    if not isinstance(rows, int):
-        return vocab_size
-    if rows < vocab_size:
-        raise CorruptModelError(
-            f"{directory} has a tokenizer of {vocab_size} tokens and an embedding of {rows}: they are not one model's"
-        )
-    return rows
 
 
 def _pre_tokenizer_name(state: dict[str, Any]) -> str:

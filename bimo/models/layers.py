@@ -7,6 +7,7 @@ E head_dim. Any number of leading dimensions is accepted where only the last one
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def make_norm(config: DecoderConfig) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, config.norm_eps)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
@@ -129,7 +130,7 @@ def rope_table(config: DecoderConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (x_i, x_{i + E/2}), Hugging Face's half-split convention; x (B, T, H, E), cos and sin (B, T, 1, E)."""
+    """Rotate pairs (x_i, x_{i + E/2}), the half-split convention; x (B, T, H, E), cos and sin (B, T, 1, E)."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos + turned * sin

@@ -119,11 +119,17 @@ def serve(
     app = create_app(None, api_key=api_key, allowed_hosts=allowed_hosts, **settings)
     listener = open_socket(host, port)
     address = f"http://{bracketed(host)}:{listener.getsockname()[1]}"
-    if on_listen is not None:
-        on_listen(address)
 
-    def ready() -> None:
-        if on_ready is not None:
-            on_ready(address)
+    def tell(whom: Callable[[str], None] | None) -> None:
+        if whom is not None:
+            whom(address)
 
-    return run(app, app.state.service, backend_factory, listener, on_ready=ready, grace=grace)
+    return run(
+        app,
+        app.state.service,
+        backend_factory,
+        listener,
+        on_listen=lambda: tell(on_listen),
+        on_ready=lambda: tell(on_ready),
+        grace=grace,
+    )

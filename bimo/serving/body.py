@@ -135,6 +135,9 @@ def _explain(model: type[BaseModel], value: Any, problem: ErrorDetails) -> ApiEr
         return ApiError(400, f"the field {param!r} is required", param=param, code="missing_required_parameter")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _explain_tag(param, problem)
+    if kind == "none_required":
+        message = f"{param} is not supported and may only be null, not {_quote(given)}"
+        return ApiError(400, message, param=param, code="unsupported_value")
     if kind == "literal_error" and ".content[" in param:
         part = param.removesuffix(".type")
         message = f"{part} is a part of type {_quote(given)}: this model reads parts of type 'text' only"

@@ -4,7 +4,7 @@ Log lines go to the logger `bimo.access`, one a request, as `name=value` pairs (
 `record.request`); no prompt, answer, key or raw path is ever logged. Metrics, in a registry of their own:
 
     bimo_requests_running, bimo_requests_waiting            gauges: sequences in the engine
-    bimo_prompt_tokens_total, bimo_cached_tokens_total      counters: prompt tokens, and those found in the prefix cache
+    bimo_prompt_tokens_total, bimo_cached_tokens_total      counters: prompt tokens computed, and found in the cache
     bimo_generation_tokens_total                            counter
     bimo_engine_steps_total, bimo_preemptions_total         counters
     bimo_kv_cache_used_tokens, bimo_kv_cache_total_tokens   gauges
@@ -156,8 +156,8 @@ class _EngineCollector(Collector):
         ("bimo_kv_cache_total_tokens", "kv_total_tokens", "Tokens the KV cache has room for"),
     )
     _COUNTERS = (
-        ("bimo_prompt_tokens", "prompt_tokens", "Prompt tokens, cached ones included"),
-        ("bimo_cached_tokens", "cached_tokens", "Prompt tokens found in the prefix cache"),
+        ("bimo_prompt_tokens", "prompt_tokens", "Prompt tokens computed"),
+        ("bimo_cached_tokens", "cached_tokens", "Prompt tokens found in the prefix cache instead"),
         ("bimo_generation_tokens", "generation_tokens", "Tokens generated"),
         ("bimo_engine_steps", "steps", "Forward passes"),
         ("bimo_preemptions", "preemptions", "Sequences set back because the KV cache was full"),

@@ -31,6 +31,7 @@ def run(
     backend_factory: Callable[[], Backend],
     listener: socket.socket,
     *,
+    on_listen: Callable[[], None],
     on_ready: Callable[[], None],
     grace: float,
 ) -> int:
@@ -47,15 +48,15 @@ def run(
     )
     server = Server(config, service, grace)
     loader = _Loader(backend_factory, service, server, on_ready)
-    loader.start()
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:  # a Ctrl-C in the moments before and after the handler is in place
-        server.signals.append(signal.SIGINT)
-    finally:
-        service.stopping = True
-        listener.close()
-        loader.release()
+    with server.handling_signals():
+        try:
+            loader.start()
+            on_listen()
+            server.run(sockets=[listener])
+        finally:
+            service.stopping = True
+            listener.close()
+            loader.release()
     if loader.failure is not None and not server.signals:
         raise loader.failure
     return 128 + signal.SIGINT if signal.SIGINT in server.signals else 0
@@ -111,7 +112,12 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM while serving (in the main thread; elsewhere signals cannot be handled)."""
+        """uvicorn's own, which raises the signals again when all is done: nothing here."""
+        yield
+
+    @contextlib.contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM (in the main thread; elsewhere signals cannot be handled)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

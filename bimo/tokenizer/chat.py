@@ -21,7 +21,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 from weakref import WeakKeyDictionary
 
 import jinja2
@@ -299,23 +299,47 @@ class _Conversation:
         for place, message in enumerate(self.messages):
             if message["role"] != "assistant":
                 continue
-            start = self._turn_start(rendered, place)
-            after = self._prefix(rendered, self.messages[: place + 1], prompt=False)
-            limit = len(rendered) if after is None or after <= start else after
-            spans.append((start, self.control.end_of_turn(rendered, start, limit)))
+            spans.append(self._turn(rendered, place))
         return rendered, spans
 
-    def _turn_start(self, rendered: str, place: int) -> int:
+    def _turn(self, rendered: str, place: int) -> tuple[int, int]:
+        """The [start, end) of the assistant's message in the rendered conversation, its end-of-turn token included."""
         if place == 0:
             raise UsageError("the first message is the assistant's: there is no prompt to answer", "messages")
         start = self._prefix(rendered, self.messages[:place], prompt=True)
-        if start is None:
+        after = self._prefix(rendered, self.messages[: place + 1], prompt=False)
+        if start is not None and after is not None and after > start:
+            return start, self.control.end_of_turn(rendered, start, after)
+        # The template changes earlier messages when later ones come (Mistral moves the system message to the last
+        # user's, Qwen3 drops old thoughts), so the text of that time is not in this one; the content is.
+        opened, closed = self._content(rendered, place)
+        start = opened if start is None else start
+        if closed is not None and self.messages[place].get("tool_calls"):  # they follow the content
+            end = self.control.end_of_turn(rendered, closed, len(rendered), required=True)
+        else:
+            end = None if closed is None else self.control.end_of_turn(rendered, closed, closed)
+        if start is None or end is None:
             raise UsageError(
                 f"messages[{place}] cannot be found in the rendered conversation: this chat template changes earlier "
                 "messages when later ones come; mark the assistant's part with {% generation %} in the template",
                 "messages",
             )
-        return start
+        return start, end
+
+    def _content(self, rendered: str, place: int) -> tuple[int | None, int | None]:
+        """Where the first and the last character of a message's content are, as far as they can be found."""
+        message = self.messages[place]
+        text = message.get("content") or ""
+        core = text.strip()
+        if not core:
+            return None, None
+        marked = message | {"content": text.replace(core, _BLOCK_OPEN + core + _BLOCK_CLOSE, 1)}
+        trial = self.render(False, messages=[*self.messages[:place], marked, *self.messages[place + 1 :]])
+        if trial.replace(_BLOCK_OPEN, "").replace(_BLOCK_CLOSE, "") != rendered:
+            return None, None
+        opened = trial.find(_BLOCK_OPEN)
+        closed = trial.replace(_BLOCK_OPEN, "").find(_BLOCK_CLOSE)
+        return opened if opened >= 0 else None, closed if closed >= 0 else None
 
     def _prefix(self, rendered: str, messages: list[dict[str, Any]], *, prompt: bool) -> int | None:
         """Where `messages` end in `rendered`, if it begins with them."""
@@ -404,10 +428,21 @@ class _Control:
             return {self.guard(key, untrusted): self.guard(entry, untrusted) for key, entry in value.items()}
         return [self.guard(entry, untrusted) for entry in value]
 
-    def end_of_turn(self, rendered: str, start: int, limit: int) -> int:
-        """The end of a turn that starts at `start`: after its first end token, else after its text."""
-        match = self._ends.search(rendered, start, limit)
-        return match.end() if match else start + len(rendered[start:limit].rstrip())
+    @overload
+    def end_of_turn(self, rendered: str, start: int, limit: int, required: Literal[False] = False) -> int: ...
+
+    @overload
+    def end_of_turn(self, rendered: str, start: int, limit: int, required: bool) -> int | None: ...
+
+    def end_of_turn(self, rendered: str, start: int, limit: int, required: bool = False) -> int | None:
+        """The end of a turn whose text ends between `start` and `limit`: after its first end token.
+
+        One right behind `limit` counts. Without one the turn ends with its text, or is None if one is `required`.
+        """
+        match = self._ends.search(rendered, start, limit) or self._ends.match(rendered, limit)
+        if match:
+            return match.end()
+        return None if required else start + len(rendered[start:limit].rstrip())
 
     def renamed(self) -> tokenizers.Tokenizer:
         """A copy of the tokenizer in which control tokens have their secret names and all else is equal."""

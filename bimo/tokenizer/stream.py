@@ -64,12 +64,15 @@ class TextStream:
 
     stop          strings that end the text; the one that is complete first wins, of several the longest
     include_stop  whether the stop string found stays in the text
+    min_tokens    so many tokens pass before stop strings are looked for
     stopped       the stop string that was found, else None; afterwards `push` gives ""
 
     Raises UsageError for an empty stop string, UnsupportedModelError for a tokenizer that cannot be streamed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop: bool = False, min_tokens: int = 0
+    ) -> None:
         if tokenizer.decoding.kind == "other":
             raise UnsupportedModelError(
                 f"the tokenizer in {tokenizer.directory} decodes tokens by their neighbours, which cannot be "
@@ -82,6 +85,7 @@ class TextStream:
         self.stopped: str | None = None
         self._tokenizer = tokenizer
         self._include_stop = include_stop
+        self._tokens_to_pass = min_tokens
         self._matchers = [StopMatcher(text) for text in dict.fromkeys(stop)]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = tokenizer.decoding.strip  # leading spaces still to drop
@@ -97,6 +101,7 @@ class TextStream:
         """Text that is safe to show now that `token_id` came; often "" and sometimes more than the token."""
         if self.stopped is not None:
             return ""
+        self._tokens_to_pass -= 1
         return self._release(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
 
     def flush(self) -> str:
@@ -119,7 +124,7 @@ class TextStream:
                 self._strip = 0
                 break
             text, self._strip = text[1:], self._strip - 1
-        if not text or not self._matchers:
+        if not text or not self._matchers or self._tokens_to_pass >= 0:
             return text
         for place, char in enumerate(text):
             # every matcher must see every character, so no short-circuit

@@ -105,10 +105,11 @@ export function summaryOf({ id, title, created, updated }) {
   return { id, title, created, updated };
 }
 
-/** A model's `<think>…</think>` opening taken apart: { reasoning, content, thinking } (thinking: it has not closed yet). */
+/** A model's `<think>…</think>` opening taken apart: { reasoning, content, thinking } (thinking: it has not closed yet).
+ * Empty lines before the first word are not content. */
 export function splitReasoning(text) {
   const opening = /^\s*<think>/.exec(text);
-  if (!opening) return { reasoning: "", content: text, thinking: false };
+  if (!opening) return { reasoning: "", content: text.replace(/^\s*(\n|$)/, ""), thinking: false };
   const rest = text.slice(opening[0].length);
   const end = rest.indexOf("</think>");
   if (end < 0) return { reasoning: rest.trim(), content: "", thinking: true };

@@ -136,7 +136,7 @@ function Ending({ node, last }) {
   const interrupted = finish === "interrupted";
   return html`<div class="notice ${interrupted ? "trouble" : ""}" role=${interrupted ? "alert" : "note"}>
     ${icon("alert")}
-    <div class="grow"><p>${t(`finish.${finish}`)}</p></div>
+    <div class="grow"><p>${t(interrupted && !node.content ? "finish.interrupted.empty" : `finish.${finish}`)}</p></div>
     ${last && interrupted && html`<button type="button" class="button small" onClick=${retry}>${t("retry")}</button>`}
     ${last && finish === "length" && html`<button type="button" class="button small"
       onClick=${() => send(t("finish.length.prompt"))}>${t("finish.length.continue")}</button>`}

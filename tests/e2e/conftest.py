@@ -10,6 +10,7 @@ Each test gets a fresh browser profile (`open_page`). A test that only looks at 
 from __future__ import annotations
 
 import json
+import os
 import queue
 import re
 import shutil
@@ -21,14 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
 MAX_QUEUE = 2  # sequences at once: the third gets a 429
 SHORT = {"temperature": 0, "max_tokens": 24, "repetition_penalty": 1}  # settings for an answer that comes soon
 
+PATIENCE = 60_000  # ms; what a page waits for comes at once on a quiet machine, and late on a busy one
+
 OpenPage = Callable[..., Page]
+
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +41,11 @@ def server_url(smollm2_dir: Path) -> Iterator[str]:
     """Address of `bimo serve smollm2` on a free port."""
     command = [sys.executable, "-c", "from bimo.cli.main import main; main()", "serve", "smollm2", "--port", "0"]
     command += ["--max-queue", str(MAX_QUEUE)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
+    # One thread: the browser needs the other core, and two threads that wait for each other on a busy one crawl.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True, encoding="utf-8"
+    )
     assert process.stdout is not None
     lines: queue.Queue[str] = queue.Queue()
     seen: list[str] = []
@@ -118,7 +127,7 @@ def open_page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Open
         address = url or request.getfixturevalue("server_url")
         options = {"locale": "en-US", "permissions": ["clipboard-read", "clipboard-write"]} | options
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         # only where nothing is stored yet: a reload must find what the page itself has stored
         stored = json.dumps(json.dumps(SHORT | (settings or {})))
@@ -145,17 +154,28 @@ def ask(page: Page, text: str) -> None:
     page.press("#composer-text", "Enter")
 
 
-def wait_idle(page: Page) -> None:
-    """Wait until no answer is on its way in the conversation on screen."""
-    page.wait_for_selector("article.assistant[aria-busy=false] >> nth=-1")
-    page.wait_for_selector(".send[type=submit]")
+def wait_idle(page: Page, after: str = "") -> None:
+    """Wait until no answer is on its way in the conversation on screen, and the last one is not `after`."""
+    page.wait_for_function(
+        """(after) => {
+            const last = [...document.querySelectorAll("article.assistant")].at(-1);
+            return last && last.ariaBusy === "false" && last.dataset.id !== after && document.querySelector(".send[type=submit]");
+        }""",
+        arg=after,
+    )
+
+
+def answer_id(page: Page) -> str:
+    """Id of the last answer, "" when there is none; `wait_idle(page, after=...)` then waits for a newer one."""
+    answers = page.locator("article.assistant")
+    return (answers.last.get_attribute("data-id") or "") if answers.count() else ""
 
 
 def ask_and_wait(page: Page, text: str) -> str:
     """Ask, wait for the end of the answer, return its text."""
+    before = answer_id(page)
     ask(page, text)
-    page.wait_for_selector(".send.stop")
-    wait_idle(page)
+    wait_idle(page, after=before)
     return last_answer(page)
 
 
@@ -178,6 +198,15 @@ def answer_with(page: Page, text: str, finish: str = "stop") -> None:
         route.fulfill(status=200, content_type="text/event-stream", body=body)
 
     page.unroute("**/v1/chat/completions")
+    page.route("**/v1/chat/completions", fulfil)
+
+
+def never_ending(page: Page) -> None:
+    """Let the model go on until it is stopped: the page's own requests, with `ignore_eos` added."""
+
+    def fulfil(route: Route) -> None:
+        route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True, "max_tokens": 4000}))
+
     page.route("**/v1/chat/completions", fulfil)
 
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.conftest import OpenPage, answer_with, ask, ask_and_wait, last_answer, request_bodies, wait_idle
-
-LONG = {"max_tokens": 3000, "temperature": 0.9}  # an answer that does not end while a test looks at it
+from tests.e2e.conftest import OpenPage, answer_id, answer_with, ask, ask_and_wait, last_answer, never_ending, request_bodies, wait_idle
 
 
 @pytest.mark.parametrize(
@@ -49,14 +47,14 @@ def test_a_cut_answer_says_so_and_can_go_on(open_page: OpenPage) -> None:
     page = open_page(settings={"max_tokens": 5})
     ask_and_wait(page, "Tell me a long story about a dragon.")
     expect(page.get_by_role("note")).to_contain_text("length limit")
+    cut = answer_id(page)
     page.get_by_role("button", name="Continue").click()
-    page.wait_for_selector("article.assistant >> nth=1")
-    wait_idle(page)
+    wait_idle(page, after=cut)
     assert page.locator("article.assistant").count() == 2
 
 
 def test_stop_keeps_what_has_come(open_page: OpenPage) -> None:
-    page = open_page(settings=LONG)
+    page = open_page(before=never_ending)
     ask(page, "Count from one to one thousand in words.")
     page.wait_for_selector("article.assistant .prose")
     page.get_by_role("button", name="Stop (Esc)").click()
@@ -72,9 +70,9 @@ def test_stop_keeps_what_has_come(open_page: OpenPage) -> None:
 def test_regenerate_keeps_both_versions(open_page: OpenPage) -> None:
     page = open_page(settings={"temperature": 1.5, "max_tokens": 16})
     first = ask_and_wait(page, "Invent a name for a cat.")
+    before = answer_id(page)
     page.get_by_role("button", name="Another answer").click()
-    page.wait_for_selector(".send.stop")
-    wait_idle(page)
+    wait_idle(page, after=before)
     second = last_answer(page)
     expect(page.locator(".assistant .versions")).to_contain_text("2/2")
     page.get_by_role("button", name="Previous version").click()
@@ -98,9 +96,9 @@ def test_edit_asks_again_without_the_old_branch(open_page: OpenPage) -> None:
     editor = page.get_by_label("Edit your message")
     expect(editor).to_be_focused()
     editor.fill("What colour is grass?")
+    before = answer_id(page)
     editor.press("Enter")
-    page.wait_for_selector(".send.stop")
-    wait_idle(page)
+    wait_idle(page, after=before)
     assert bodies[-1]["messages"] == [{"role": "user", "content": "What colour is grass?"}]
     assert page.locator(".bubble").all_inner_texts() == ["What colour is grass?"]
     page.locator("article.user").first.hover()
@@ -175,7 +173,7 @@ def test_rename_and_delete_with_undo(open_page: OpenPage) -> None:
 
 
 def test_an_answer_goes_on_behind_another_conversation(open_page: OpenPage) -> None:
-    page = open_page(settings={"max_tokens": 150})
+    page = open_page(settings={"max_tokens": 80})
     ask(page, "Write a long text about rivers.")
     page.wait_for_selector("article.assistant .prose")
     page.get_by_role("button", name="New chat").click()
@@ -188,7 +186,7 @@ def test_an_answer_goes_on_behind_another_conversation(open_page: OpenPage) -> N
 
 
 def test_a_reload_in_the_middle_keeps_the_part(open_page: OpenPage) -> None:
-    page = open_page(settings=LONG)
+    page = open_page(before=never_ending)
     ask(page, "Write a very long story.")
     page.wait_for_selector("article.assistant .prose")
     # the checkpoint comes once a second
@@ -199,7 +197,7 @@ def test_a_reload_in_the_middle_keeps_the_part(open_page: OpenPage) -> None:
             const all = db.transaction("conversations").objectStore("conversations").getAll();
             const [conversation] = await new Promise((done) => (all.onsuccess = () => done(all.result)));
             db.close();
-            return Object.values(conversation?.nodes ?? {}).some((n) => n.role === "assistant" && n.content);
+            return Object.values(conversation?.nodes ?? {}).some((n) => n.role === "assistant" && n.content.trim());
         }"""
     )
     page.reload()
@@ -208,18 +206,18 @@ def test_a_reload_in_the_middle_keeps_the_part(open_page: OpenPage) -> None:
 
 
 def test_the_page_follows_until_the_reader_scrolls_up(open_page: OpenPage) -> None:
-    page = open_page(settings=LONG, height=420)
+    page = open_page(before=never_ending, height=320)
     ask(page, "Write a long list of animals with a sentence about each.")
     at_end = "() => { const s = document.querySelector('.thread');" \
-             " return s.scrollHeight > s.clientHeight + 300 && s.scrollHeight - s.clientHeight - s.scrollTop < 60; }"
+             " return s.scrollHeight > s.clientHeight + 200 && s.scrollHeight - s.clientHeight - s.scrollTop < 60; }"
     page.wait_for_function(at_end)
-    page.mouse.move(600, 200)
-    page.mouse.wheel(0, -250)
+    page.mouse.move(600, 120)
+    page.mouse.wheel(0, -150)
     jump = page.get_by_role("button", name="Go to the latest message")
     expect(jump).to_be_visible()
     top = page.evaluate("document.querySelector('.thread').scrollTop")
     height = page.evaluate("document.querySelector('.thread').scrollHeight")
-    page.wait_for_function(f"document.querySelector('.thread').scrollHeight > {height} + 40")
+    page.wait_for_function("(height) => document.querySelector('.thread').scrollHeight > height + 40", arg=height)
     assert page.evaluate("document.querySelector('.thread').scrollTop") == pytest.approx(top, abs=2)
     jump.click()
     page.wait_for_function(at_end)

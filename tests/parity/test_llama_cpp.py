@@ -44,11 +44,17 @@ def open_llama(file: Path, num_tokens: int = 512) -> Any:
     import llama_cpp
 
     # The cache in float32, so that only the weights' number type counts.
-    number_type = llama_cpp.GGML_TYPE_F32
+    float32 = llama_cpp.GGML_TYPE_F32
     return llama_cpp.Llama(
-        str(file), n_ctx=num_tokens, n_threads=2, logits_all=True, verbose=False, type_k=number_type, type_v=number_type,
-        flash_attn=False, seed=0,
-    )  # fmt: skip
+        str(file),
+        n_ctx=num_tokens,
+        n_threads=2,
+        logits_all=True,
+        type_k=float32,
+        type_v=float32,
+        flash_attn=False,
+        verbose=False,
+    )
 
 
 def llama_logits(llama: Any, ids: list[int]) -> np.ndarray:
@@ -108,7 +114,8 @@ def test_logits_of_the_q8_file(smollm2: tuple[Decoder, Tokenizer], smollm2_dir: 
     decoder, llama = load_decoder(tmp_path / "back"), open_llama(tmp_path / "q8.gguf")
     for prompt in PROMPTS.values():
         ids = tokenizer.encode(prompt)
-        assert_alike(llama_logits(llama, ids)[-1], last_logits(decoder, ids).numpy(), 0.999)
+        # llama.cpp rounds the activations to 8 bits as well, which bimo does not.
+        assert_alike(llama_logits(llama, ids)[-1], last_logits(decoder, ids).numpy(), 0.995)
 
 
 def assert_alike(theirs: np.ndarray, ours: np.ndarray, correlation: float) -> None:

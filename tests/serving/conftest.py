@@ -16,7 +16,6 @@ from bimo.tokenizer.load import Tokenizer
 from tests.conftest import write_tiny_tokenizer
 from tests.serving.live import LiveServer, live
 
-
 CONTEXT = 2048  # rotary positions have no end; the tiny model speaks nonsense anywhere
 
 

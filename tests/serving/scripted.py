@@ -1,7 +1,7 @@
-"""A backend that says what a test wants to hear: for answers no tiny random model gives, and for moments that must hold.
+"""A backend that says what a test wants to hear: answers no tiny random model gives, moments that must be held.
 
-It keeps the protocol's promises (every submitted request ends, `abort` ends it early, outputs in order from a thread of
-its own) with the real tokenizer and the real `TextStream`, so what the server does with it is what it does with a model.
+It keeps the protocol's promises (every submitted request ends, `abort` ends it early, outputs in order from a thread
+of its own) with the real tokenizer and the real `TextStream`, so the server does with it what it does with a model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ScriptedBackend:
             model="scripted",
             architecture="none",
             num_parameters=0,
-            context_length=512,
+            context_length=2048,
             vocab_size=self.tokenizer.vocab_size,
             dtype="float32",
             device="cpu",

@@ -235,7 +235,9 @@ def test_scoring(client: openai.OpenAI, server: LiveServer, stream: bool) -> Non
     assert text == prompt and finish == "length"
     assert [len(values) for values in scores.values()] == [len(ids)] * 4
     assert scores["token_logprobs"][0] is None and scores["top_logprobs"][0] is None
-    for token, logprob, top in list(zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True))[1:]:
+    for token, logprob, top in list(
+        zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True)
+    )[1:]:
         assert top[token] == logprob <= 0 and 2 <= len(top) <= 3
     for token, offset in zip(scores["tokens"], scores["text_offset"], strict=True):
         assert token.startswith("bytes:") or text[offset:].startswith(token)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.core.failures import Failure
 
+from bimo.backends.local import LocalBackend
 from bimo.serving.app import create_app
-from bimo.tokenizer.load import Tokenizer
-from tests.serving.scripted import ScriptedBackend
 
 # A schema cannot say that a text must fit the context, that top_logprobs needs logprobs, or which JSON schemas the
 # grammar compiler knows; a well-formed request may be refused for these reasons, and for no others.
@@ -32,8 +34,11 @@ schema.config.checks.negative_data_rejection.expected_statuses.append("413")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def backend(tokenizer: Tokenizer) -> None:
-    app.state.service.attach(ScriptedBackend(tokenizer, lambda prompt: "好 🦊 ok"))
+def short_context(tiny_model_dir: Path) -> Iterator[None]:
+    """A model that soon has no room left, since most requests say nothing about max_tokens."""
+    with LocalBackend.load(str(tiny_model_dir), dtype="float32", context_length=48, kv_cache_tokens=4096) as backend:
+        app.state.service.attach(backend)
+        yield
 
 
 @schema.parametrize()

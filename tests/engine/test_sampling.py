@@ -1,0 +1,256 @@
+"""Each setting against transformers' processors, or a plain NumPy statement of its definition."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from bimo.engine.request import Request, SamplingParams
+from bimo.engine.sampling import choose_tokens, distribution, process_logits, token_logprobs
+from bimo.engine.sequence import Sequence
+from bimo.errors import UsageError
+
+VOCAB = 3000  # more than the candidates that are sorted at first
+
+
+def make_logits(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def make_sequence(prompt=(1, 2, 3), output=(), eos=(7,), seed=0, constraint=None, **sampling) -> Sequence:
+    request = Request(prompt_token_ids=list(prompt), sampling=SamplingParams(**sampling))
+    sequence = Sequence(
+        request=request,
+        index=0,
+        arrival=0,
+        token_ids=list(prompt),
+        num_prompt=len(prompt),
+        max_tokens=100,
+        eos_token_ids=frozenset(eos),
+        rng=random.Random(seed),
+        constraint=constraint,
+    )
+    for token in output:
+        sequence.append(token)
+    return sequence
+
+
+def full(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """`distribution` spread over the vocabulary and normalised."""
+    probabilities, tokens = distribution(logits, params)
+    if tokens is not None:
+        probabilities = torch.zeros_like(logits).scatter(1, tokens, probabilities)
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+SETTINGS = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.5},
+    {"top_k": 1},
+    {"top_k": 50},
+    {"top_k": 2500},
+    {"top_p": 0.1},
+    {"top_p": 0.9},
+    {"top_p": 0.9999, "temperature": 5.0},
+    {"min_p": 0.05},
+    {"typical_p": 0.2},
+    {"typical_p": 0.95},
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.8, "min_p": 0.02, "typical_p": 0.9},
+]
+
+
+def warped(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
+    """What transformers samples from."""
+    warpers = [TemperatureLogitsWarper(float(p.temperature))]
+    warpers += [TopKLogitsWarper(p.top_k)] if p.top_k else []
+    warpers += [TopPLogitsWarper(p.top_p)] if p.top_p < 1 else []
+    warpers += [MinPLogitsWarper(p.min_p)] if p.min_p else []
+    warpers += [TypicalLogitsWarper(p.typical_p)] if p.typical_p < 1 else []
+    for warper in warpers:
+        logits = warper(None, logits)
+    return logits.softmax(-1)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_distribution_equals_transformers(setting) -> None:
+    params = SamplingParams(**setting)
+    logits = make_logits(6)
+    torch.testing.assert_close(full(logits, [params] * 6), warped(logits, params), atol=1e-6, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "temperature": st.floats(0.2, 3),
+                "top_k": st.integers(1, 60),
+                "top_p": st.floats(0.05, 0.99),
+                "min_p": st.floats(0.001, 0.5),
+                "typical_p": st.floats(0.1, 0.9),
+            },
+        ),
+        min_size=2,
+        max_size=5,
+    ),
+    st.integers(0, 1000),
+)
+def test_a_row_does_not_depend_on_its_neighbours(rows, seed) -> None:
+    """The same token from the same seed, alone and between others with other settings."""
+    logits = make_logits(len(rows), seed)
+
+    def sequences():
+        return [make_sequence(seed=i, **row) for i, row in enumerate(rows)]
+
+    together = choose_tokens(logits, sequences())
+    assert together == [choose_tokens(logits[i : i + 1], [s])[0] for i, s in enumerate(sequences())]
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = make_logits(1, scale=2.0)
+    params = SamplingParams(top_k=8)
+    expected = full(logits, [params])[0]
+    sequence = make_sequence(top_k=8)
+    num = 4000
+    counts = np.bincount([choose_tokens(logits, [sequence])[0] for _ in range(num)], minlength=VOCAB)
+    assert set(np.flatnonzero(counts)) <= set(torch.nonzero(expected).flatten().tolist())
+    error = np.sqrt(expected.numpy() * (1 - expected.numpy()) / num)
+    assert (np.abs(counts / num - expected.numpy()) <= 4.5 * error + 1e-9).all()
+
+
+def test_extreme_draws_stay_among_the_kept() -> None:
+    logits = make_logits(1)
+    kept = set(torch.nonzero(full(logits, [SamplingParams(top_p=0.5)])[0]).flatten().tolist())
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        sequence = make_sequence(top_p=0.5)
+        sequence.rng = SimpleNamespace(random=lambda uniform=uniform: uniform)
+        assert choose_tokens(logits, [sequence])[0] in kept
+
+
+def test_greedy_takes_the_most_likely() -> None:
+    logits = make_logits(3)
+    assert choose_tokens(logits, [make_sequence(temperature=0)] * 3) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3])
+def test_repetition_penalty_equals_transformers(penalty) -> None:
+    logits = make_logits(1)
+    sequence = make_sequence(prompt=(1, 5, 5, 9), output=(11, 5), repetition_penalty=penalty)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([sequence.token_ids]), logits.clone())
+    torch.testing.assert_close(process_logits(logits, [sequence]), expected)
+
+
+def test_presence_and_frequency_penalties_by_definition() -> None:
+    """OpenAI's: logits[j] -= count[j] * frequency + (count[j] > 0) * presence, over the output only."""
+    logits = make_logits(1)
+    sequence = make_sequence(prompt=(4, 4), output=(11, 5, 11, 11), presence_penalty=0.5, frequency_penalty=-0.25)
+    expected = logits[0].numpy().copy()
+    counts = np.bincount([11, 5, 11, 11], minlength=VOCAB)
+    expected -= counts * -0.25 + (counts > 0) * 0.5
+    np.testing.assert_allclose(process_logits(logits, [sequence])[0].numpy(), expected, rtol=1e-6)
+
+
+def test_logit_bias_is_added_and_raw_logits_are_untouched() -> None:
+    logits = make_logits(2)
+    before = logits.clone()
+    sequence = make_sequence(temperature=0, logit_bias={17: 100.0, 18: -100.0})
+    changed = process_logits(logits, [make_sequence(), sequence])
+    assert torch.equal(logits, before)
+    assert torch.equal(changed[0], before[0])
+    assert changed[1, 17] == before[1, 17] + 100 and changed[1, 18] == before[1, 18] - 100
+    assert choose_tokens(changed, [make_sequence(temperature=0), sequence])[1] == 17
+
+
+def test_no_end_before_min_tokens() -> None:
+    logits = make_logits(1)
+    for output, ended in (((), True), ((5, 6), False)):
+        sequence = make_sequence(output=output, min_tokens=2, stop_token_ids=(9,), eos=(7,))
+        row = process_logits(logits, [sequence])[0]
+        assert (row[7] == -torch.inf) == ended and (row[9] == -torch.inf) == ended
+
+
+def test_constraint_leaves_only_what_it_allows() -> None:
+    mask = np.zeros(-(-VOCAB // 32), dtype=np.int32)
+    for token in (3, 31, 32, 2999):
+        mask.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
+    sequence = make_sequence(constraint=SimpleNamespace(allowed_mask=lambda: mask))
+    row = process_logits(make_logits(1), [sequence])[0]
+    assert torch.nonzero(row > -torch.inf).flatten().tolist() == [3, 31, 32, 2999]
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = make_logits(2)
+    found = token_logprobs(logits, [5, 6], [3, 0])
+    expected = logits.log_softmax(-1)
+    assert found[0].logprob == pytest.approx(float(expected[0, 5]))
+    assert found[1].logprob == pytest.approx(float(expected[1, 6])) and found[1].top == ()
+    values, ids = expected[0].topk(3)
+    assert [t for t, _ in found[0].top] == ids.tolist()
+    assert [p for _, p in found[0].top] == pytest.approx(values.tolist())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": "hot"},
+        {"temperature": True},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"min_p": 2},
+        {"n": 0},
+        {"n": 10**9},
+        {"max_tokens": 0},
+        {"min_tokens": 5, "max_tokens": 2},
+        {"presence_penalty": 3},
+        {"logit_bias": {5: 101}},
+        {"logit_bias": {-5: 1}},
+        {"stop": ("",)},
+        {"seed": 1 << 70},
+        {"logprobs": 21},
+        {"num_beams": 4, "num_beam_groups": 3},
+        {"diversity_penalty": 1.0},
+        {"num_beams": 2, "penalty_alpha": 0.5, "top_k": 4},
+        {"penalty_alpha": 0.5, "top_k": 1},
+        {"penalty_alpha": 0.5, "top_k": 4, "n": 2},
+        {"length_penalty": 2.0},
+        {"early_stopping": True},
+        {"num_beams": 2, "n": 3},
+        {"num_beams": 2, "best_of": 2},
+        {"num_beams": 2, "top_p": 0.5},
+        {"n": 3, "best_of": 2},
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused_by_name(wrong) -> None:
+    with pytest.raises(UsageError) as caught:
+        SamplingParams(**wrong)
+    assert caught.value.param in wrong and caught.value.param in str(caught.value)
+
+
+def test_no_module_imports_transformers_here() -> None:
+    """The reference is for tests: the engine's own source never names it."""
+    import bimo.engine
+
+    for file in Path(bimo.engine.__file__).parent.glob("*.py"):
+        assert "import transformers" not in file.read_text(encoding="utf-8")
