@@ -15,9 +15,9 @@ WORKERS ?= 2
 TESTS ?= tests
 PIP_ARGS ?=
 
-# The first interpreter that really is Python 3.11 or newer (a shim may be on the PATH and not work).
+# The first interpreter that works (a shim may not), is Python 3.11 or newer, and can make environments.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
-    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+    $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
 
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt $(PIP_ARGS)
 PINS := pyproject.toml constraints.txt
@@ -31,7 +31,7 @@ help: ## list the targets
 setup: $(VENV)/.installed ## make .venv and install bimo with the pinned packages
 
 run: setup ## fetch the model (once), start the server, print the address of the chat page
-	@exec $(BIN)/bimo serve $(MODEL) --host $(HOST) --port $(PORT)
+	@$(BIN)/bimo serve $(MODEL) --host $(HOST) --port $(PORT) || test $$? -eq 130 # Ctrl-C is how it ends
 
 test: $(VENV)/.installed-test chromium model ## set up what the tests need, and run all of them (WORKERS, TESTS)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
@@ -57,8 +57,7 @@ distclean: clean ## clean, and remove .venv
 # --- what the targets above stand on; stamp files make a second run instant ---
 
 $(VENV)/.created: constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found: apt-get install python3 python3-venv, or make PYTHON=/path/to/python" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module: apt-get install python3-venv" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with the venv module: apt-get install python3 python3-venv, or make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
 	@$(PIP_INSTALL) --quiet --upgrade pip
 	@touch $@

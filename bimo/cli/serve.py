@@ -59,7 +59,7 @@ def serve(
             host,
             port,
             api_key or runtime.api_key(),
-            on_listen=lambda address: typer.echo(f"loading {model}; {address}/health says when it is ready", err=True),
+            on_listen=lambda address: typer.echo(f"loading {model} to answer at {address}", err=True),
             on_ready=ready,
             **settings,
         )

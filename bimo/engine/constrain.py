@@ -123,7 +123,11 @@ class _Vocabulary:
 
 
 class _Wrapper:
-    """The object llguidance reads a vocabulary from; must not refer to the Tokenizer, which keys the cache."""
+    """The object llguidance reads a vocabulary from; must not refer to the Tokenizer, which keys the cache.
+
+    Calling it gives the tokens of a text the grammar forces. They must spell exactly that text, as text: no space in
+    front, no normalisation, no control token that happens to be spelled so.
+    """
 
     is_tokenizer_wrapper = True
 
@@ -132,11 +136,36 @@ class _Wrapper:
         self.bos_token_id = tokenizer.bos_token_id
         self.tokens = [tokenizer.token_bytes(i, skip_special_tokens=False) for i in range(tokenizer.vocab_size)]
         self.special_token_ids = sorted(tokenizer.special_ids | set(tokenizer.eos_token_ids))
+        self._special = frozenset(self.special_token_ids)
         self._backend: tokenizers.Tokenizer = tokenizer.backend
+        self._by_bytes: dict[bytes, int] = {}
 
     def __call__(self, text: str | bytes) -> list[int]:
         plain = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        return self._backend.encode(plain, add_special_tokens=False).ids
+        data = text.encode() if isinstance(text, str) else text
+        for lead in ("", "\n"):  # SentencePiece puts a space in front of a text, but none behind a line break
+            ids = self._backend.encode(lead + plain, add_special_tokens=False).ids
+            front = self._backend.encode(lead, add_special_tokens=False).ids
+            rest = ids[len(front) :]
+            exact = ids[: len(front)] == front and b"".join(self.tokens[i] for i in rest) == data
+            if exact and self._special.isdisjoint(rest):
+                return rest
+        return self._longest_matches(data)
+
+    def _longest_matches(self, data: bytes) -> list[int]:
+        """Tokens that spell `data`, each as long as possible."""
+        if not self._by_bytes:
+            self._by_bytes = {text: i for i, text in enumerate(self.tokens) if text and i not in self._special}
+            self._longest = max(map(len, self._by_bytes))
+        ids, place = [], 0
+        while place < len(data):
+            ends = range(min(len(data), place + self._longest), place, -1)
+            end = next((end for end in ends if data[place:end] in self._by_bytes), None)
+            if end is None:
+                break  # the vocabulary lacks this byte; llguidance goes on without the rest
+            ids.append(self._by_bytes[data[place:end]])
+            place = end
+        return ids
 
 
 _vocabularies: WeakKeyDictionary[Tokenizer, _Vocabulary] = WeakKeyDictionary()

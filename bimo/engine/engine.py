@@ -239,16 +239,28 @@ class Engine:
 
     def _sample(self, result: StepResult) -> list[Output]:
         """Choose the next token of every sequence that is not part of a search."""
-        rows = [i for i, s in enumerate(result.sequences) if s.gang is None]
+        outputs = self._ask_constraints(result.sequences)
+        rows = [i for i, s in enumerate(result.sequences) if s.gang is None and s.finish_reason is None]
         if not rows:
-            return []
+            return outputs
         sequences = [result.sequences[i] for i in rows]
         raw = result.logits if len(rows) == len(result.sequences) else result.logits[rows]
         tokens = choose_tokens(process_logits(raw, sequences), sequences)
         self._note_logprobs(raw, tokens, sequences)
-        outputs: list[Output] = []
         for sequence, token in zip(sequences, tokens, strict=True):
-            outputs += self._append(sequence, token)
+            if sequence.finish_reason is None:  # else its request failed a moment ago
+                outputs += self._append(sequence, token)
+        return outputs
+
+    def _ask_constraints(self, sequences: list[Sequence]) -> list[Output]:
+        """Fetch each constraint's mask; one that fails (a grammar too complex) ends its own request only."""
+        outputs: list[Output] = []
+        for sequence in sequences:
+            if sequence.constraint is not None and sequence.finish_reason is None:
+                try:
+                    sequence.allowed_mask = sequence.constraint.allowed_mask()
+                except Exception as error:
+                    outputs += self._end(self._live[sequence.request.request_id], "error", str(error))
         return outputs
 
     def _note_logprobs(self, raw: Tensor, tokens: list[int], sequences: list[Sequence]) -> None:
@@ -262,7 +274,10 @@ class Engine:
 
     def _append(self, sequence: Sequence, token: int) -> list[Output]:
         live = self._live[sequence.request.request_id]
-        text = update_after_token(sequence, token)
+        try:
+            text = update_after_token(sequence, token)
+        except Exception as error:  # of its constraint
+            return self._end(live, "error", str(error))
         self.stats.generation_tokens += 1
         live.completion_tokens += 1
         output = Output(live.request.request_id, sequence.index, text, [token])

@@ -47,9 +47,10 @@ def _process_row(row: Tensor, sequence: Sequence) -> None:
     """In place, row (V,)."""
     p = sequence.sampling
     if sequence.constraint is not None:
-        words = torch.from_numpy(sequence.constraint.allowed_mask()).to(row.device)
-        allowed = (words[:, None] >> torch.arange(32, dtype=torch.int32, device=row.device)) & 1
-        row.masked_fill_(allowed.flatten()[: len(row)] == 0, -torch.inf)
+        words = torch.from_numpy(sequence.allowed_mask).to(row.device)
+        allowed = ((words[:, None] >> torch.arange(32, dtype=torch.int32, device=row.device)) & 1).flatten().bool()
+        row[: len(allowed)].masked_fill_(~allowed[: len(row)], -torch.inf)
+        row[len(allowed) :] = -torch.inf  # logits may be wider than the tokenizer's vocabulary
     if p.logit_bias:
         index = torch.tensor(list(p.logit_bias), device=row.device)
         row[index] += torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
@@ -62,8 +63,11 @@ def _process_row(row: Tensor, sequence: Sequence) -> None:
         counts = torch.tensor(list(sequence.output_counts.values()), dtype=row.dtype, device=row.device)
         row[index] -= p.presence_penalty + p.frequency_penalty * counts
     if sequence.num_output < p.min_tokens:
-        ends = sequence.eos_token_ids | set(p.stop_token_ids)
-        row[torch.tensor(sorted(ends), dtype=torch.long, device=row.device)] = -torch.inf
+        ends = torch.tensor(sorted(sequence.eos_token_ids | set(p.stop_token_ids)), dtype=torch.long, device=row.device)
+        before = row[ends]
+        row[ends] = -torch.inf
+        if sequence.constraint is not None and not bool((row > -torch.inf).any()):
+            row[ends] = before  # the constraint allows nothing but the end: it comes first
 
 
 def choose_tokens(logits: Tensor, sequences: list[Sequence]) -> list[int]:

@@ -182,10 +182,7 @@ class ContrastiveSearch:
     def _choose(self, members: list[Sequence], hidden: Tensor) -> int:
         assert self.probabilities is not None
         context = members[0].hidden[:-1].float()  # the same for all candidates: they differ in the last token only
-        candidates = hidden.float()
-        similarity = (
-            torch.nn.functional.normalize(candidates, dim=-1) @ torch.nn.functional.normalize(context, dim=-1).T
-        )
+        similarity = F.normalize(hidden.float(), dim=-1) @ F.normalize(context, dim=-1).T  # (k, context)
         penalty = similarity.amax(dim=-1)
         alpha = self.sampling.penalty_alpha
         return int(((1 - alpha) * self.probabilities - alpha * penalty).argmax())

@@ -59,6 +59,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     block_names: list[bytes] = field(default_factory=list)
     # the sampler's
+    allowed_mask: Any = None  # the constraint's answer for the next token
     output_counts: Counter[int] = field(default_factory=Counter)
     sum_logprobs: float = 0.0
     logprobs: list[TokenLogprob] = field(default_factory=list)

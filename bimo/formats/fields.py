@@ -2,6 +2,8 @@
 
     fields = Fields(json.loads(text), "config.json", defaults={"n_positions": 1024})
     fields.integer("n_embd")            # CorruptModelError when absent, not a whole number, or out of range
+
+The same accessors serve GGUF metadata, which is turned into config.json's terms first.
 """
 
 from __future__ import annotations

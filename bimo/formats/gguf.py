@@ -95,7 +95,10 @@ def convert_gguf(file: Path, directory: Path, on_progress: Callable[[int, int], 
         },
     }
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer_from_gguf(gguf.metadata, Path(folder))
+        try:
+            tokenizer_from_gguf(gguf.metadata, Path(folder))
+        except (CorruptModelError, UnsupportedModelError) as error:  # it sees only the metadata: name the file here
+            raise type(error)(f"{file}: {error}") from None
         save_directory(Path(directory), config, tensors(), source=Path(folder), lineage=lineage)
 
 

@@ -131,13 +131,9 @@ def tensor_plan(config: DecoderConfig, keys: KeyMap) -> dict[str, Entry]:
 
 def _parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes as the decoder itself declares them; the meta device allocates nothing."""
-    import torch
+    from bimo.models.empty import empty_decoder
 
-    from bimo.models.decoder import Decoder
-
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    return {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in empty_decoder(config).named_parameters()}
 
 
 @dataclass(frozen=True)

@@ -47,17 +47,13 @@ FORCED = TOOL_CALL_OPEN + "\n"
 async def create_chat_completion(http: HttpRequest) -> Response:
     """The handler. Everything that can be refused is refused before the first byte of an answer."""
     service = service_of(http)
-    _ = service.backend  # 503 while loading, whatever the body
+    service.check_open()
     body = await read_model(http, ChatRequest, service.max_body_bytes)
     body.check()
     service.check_model(body.model)
     plan = await service.off_loop(_size(body), lambda: _plan(service, body))
-    try:
-        generation = service.start([plan.request], record_of(http.scope))
-    except ContextLengthError as error:
-        raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
     with_logprobs = service.vocabulary if body.logprobs else None
-    choices = [ChatChoice(index, with_logprobs, plan.tools) for index in range(plan.request.sampling.n)]
+    choices = [ChatChoice(index, with_logprobs, plan) for index in range(plan.request.sampling.n)]
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
@@ -65,6 +61,10 @@ async def create_chat_completion(http: HttpRequest) -> Response:
         "model": service.model_name,
         "system_fingerprint": service.fingerprint,
     }
+    try:
+        generation = service.start([plan.request], record_of(http.scope))
+    except ContextLengthError as error:
+        raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(generation, _events(generation, choices, head, with_usage, service.keep_alive))
@@ -113,6 +113,7 @@ class Plan:
 
     request: Request
     tools: ToolReading | None
+    own_stops: frozenset[str]  # stop strings that are our way of ending, not the client's
 
 
 def message_dicts(messages: list[Any]) -> list[dict[str, Any]]:
@@ -168,7 +169,8 @@ def _plan(service: Service, body: ChatRequest) -> Plan:
     request = Request(
         prompt_token_ids=ids, sampling=sampling, truncate_prompt=bool(body.truncate_prompt), constraint=shape
     )
-    return Plan(request=request, tools=reading)
+    asked = {body.stop} if isinstance(body.stop, str) else set(body.stop or ())
+    return Plan(request=request, tools=reading, own_stops=frozenset(stop) - asked)
 
 
 def _prompts_answer(asked: bool | None, continues: bool | None) -> bool:
@@ -182,10 +184,10 @@ def _prompts_answer(asked: bool | None, continues: bool | None) -> bool:
 class ChatChoice:
     """One answer growing. `push` gives the chunks an output makes; `whole` is their sum.
 
-    vocabulary: given when log-probabilities were asked for. tools: given when the text may call tools.
+    vocabulary: given when log-probabilities were asked for.
     """
 
-    def __init__(self, index: int, vocabulary: Vocabulary | None, tools: ToolReading | None) -> None:
+    def __init__(self, index: int, vocabulary: Vocabulary | None, plan: Plan) -> None:
         self.index = index
         self.content = ""
         self.calls: list[ToolCall] = []
@@ -193,9 +195,10 @@ class ChatChoice:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._vocabulary = vocabulary
-        self._tools = tools
-        self._stream = ToolCallStream() if tools else None
-        if self._stream and tools and tools.forced:
+        self._own_stops = plan.own_stops
+        self._tools = plan.tools
+        self._stream = ToolCallStream() if plan.tools else None
+        if self._stream and plan.tools and plan.tools.forced:
             self._stream.push(FORCED)
 
     def first(self) -> dict[str, Any]:
@@ -221,7 +224,7 @@ class ChatChoice:
         if output.finish_reason is not None:
             stopped = output.finish_reason == "stop"
             self.finish_reason = "tool_calls" if stopped and self.calls else output.finish_reason
-            self.stop_reason = None if output.stop_reason == TOOL_CALL_CLOSE else output.stop_reason
+            self.stop_reason = None if output.stop_reason in self._own_stops else output.stop_reason
             chunks.append(self._chunk({}, []) | {"finish_reason": self.finish_reason, "stop_reason": self.stop_reason})
         return chunks
 

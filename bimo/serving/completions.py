@@ -34,12 +34,11 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 async def create_completion(http: HttpRequest) -> Response:
     """The handler; see `chat.create_chat_completion` for the order of things."""
     service = service_of(http)
-    _ = service.backend
+    service.check_open()
     body = await read_model(http, CompletionRequest, service.max_body_bytes)
     body.check()
     service.check_model(body.model)
     plan = await service.off_loop(_size(body), lambda: _plan(service, body))
-    generation = service.start(plan.requests, record_of(http.scope))
     n = body.n or 1
     vocabulary = None if body.logprobs is None else service.vocabulary
     scores_only = body.max_tokens == 0
@@ -55,6 +54,7 @@ async def create_completion(http: HttpRequest) -> Response:
         "model": service.model_name,
         "system_fingerprint": service.fingerprint,
     }
+    generation = service.start(plan.requests, record_of(http.scope))
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         events = _events(generation, choices, head, n, with_usage, scores_only, service.keep_alive)

@@ -94,11 +94,15 @@ class Admission:
 
     def enter(self, width: int) -> None:
         """Take `width` places, or raise CapacityError. A request wider than the limit enters when it is alone."""
-        if self.inside and self.inside + width > self.limit:
+        self.check(width)
+        self.inside += width
+
+    def check(self, width: int) -> None:
+        """CapacityError when there is no room for `width` more (for any at all, with 0)."""
+        if self.inside and self.inside + max(width, 1) > self.limit:
             raise CapacityError(
                 f"the queue is full: {self.inside} of {self.limit} places are taken; try again in a moment"
             )
-        self.inside += width
 
     def leave(self, width: int) -> None:
         """Give the places back."""

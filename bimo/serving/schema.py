@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
 from bimo.engine.request import MAX_LOGPROBS, MAX_SEQUENCES
 from bimo.serving.errors import ApiError
@@ -67,12 +67,25 @@ def _shape(value: Any) -> str | None:
     return None
 
 
-Int = Annotated[int, BeforeValidator(_integral)]
-TokenId = Annotated[Int, Field(ge=0, le=MAX_TOKEN_ID)]
+WHOLE = BeforeValidator(_integral)  # after Field in an Annotated, so that the bounds reach the document
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID), WHOLE]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[
     Annotated[Stop, Tag("as_word")] | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("as_list")],
     Discriminator(_shape),
+]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias],
+    Field(max_length=MAX_BIASES),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_BIASES,
+        }
+    ),
 ]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -228,28 +241,22 @@ class SamplingFields(Harmless):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[Int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES), WHOLE] | None = None
     stop: Stops | None = None
-    seed: Annotated[Int, Field(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1), WHOLE] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MAX_BIASES),
-        ]
-        | None
-    ) = None
-    top_k: Annotated[Int, Field(ge=0, le=1 << 24, description="0: off")] | None = None
+    logit_bias: LogitBias | None = None
+    top_k: Annotated[int, Field(ge=0, le=1 << 24, description="0: off"), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    min_tokens: Annotated[Int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), WHOLE] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_BIASES)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
-    num_beams: Annotated[Int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
-    num_beam_groups: Annotated[Int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=MAX_SEQUENCES), WHOLE] | None = None
+    num_beam_groups: Annotated[int, Field(ge=1, le=MAX_SEQUENCES), WHOLE] | None = None
     diversity_penalty: Annotated[float, Field(ge=0, le=100)] | None = None
     length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
     early_stopping: bool | None = None
@@ -271,10 +278,10 @@ class ChatRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_tokens: Annotated[Int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    max_completion_tokens: Annotated[Int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     response_format: ResponseFormat | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
@@ -318,10 +325,11 @@ class ChatRequest(SamplingFields):
                                   "assistant's text")  # fmt: skip
 
 
+TokenLists = Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
 Prompt = Annotated[
     Annotated[str, Tag("as_word")]
     | Annotated[list[TokenId], Field(min_length=1), Tag("as_ids")]
-    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(max_length=MAX_PROMPTS), Tag("as_id_lists")]
+    | Annotated[TokenLists, Tag("as_id_lists")]
     | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), Tag("as_list")],
     Discriminator(_shape),
 ]
@@ -331,10 +339,10 @@ class CompletionRequest(SamplingFields):
     """POST /v1/completions. `max_tokens` 0 is for scoring a prompt: with echo and logprobs."""
 
     prompt: Prompt
-    max_tokens: Annotated[Int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), WHOLE] | None = None
     echo: bool | None = None
-    logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: Annotated[Int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_SEQUENCES), WHOLE] | None = None
     suffix: None = Field(None, description="not supported: these models continue text, they do not fill gaps")
     add_special_tokens: bool | None = None
 
@@ -354,6 +362,8 @@ class CompletionRequest(SamplingFields):
 
 class TokenizeRequest(Strict):
     """POST /tokenize: a text (`prompt`) or a conversation (`messages`), as vLLM has it."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
 
     model: str | None = None
     prompt: str | None = None

@@ -57,6 +57,11 @@ class Service:
             raise ApiError(503, "the model is still loading; ask again in a moment", code="model_loading", headers=wait)
         return self._backend
 
+    def check_open(self) -> None:
+        """ApiError 503 or CapacityError for what would be refused whatever is in its body: before reading it."""
+        _ = self.backend
+        self.admission.check(0)
+
     @property
     def vocabulary(self) -> Vocabulary:
         """Tokens as OpenAI shows them."""

@@ -21,7 +21,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import jinja2
@@ -309,15 +309,17 @@ class _Conversation:
         start = self._prefix(rendered, self.messages[:place], prompt=True)
         after = self._prefix(rendered, self.messages[: place + 1], prompt=False)
         if start is not None and after is not None and after > start:
-            return start, self.control.end_of_turn(rendered, start, after)
+            end = self.control.end_token(rendered, start, after)
+            return start, start + len(rendered[start:after].rstrip()) if end is None else end
         # The template changes earlier messages when later ones come (Mistral moves the system message to the last
         # user's, Qwen3 drops old thoughts), so the text of that time is not in this one; the content is.
         opened, closed = self._content(rendered, place)
         start = opened if start is None else start
-        if closed is not None and self.messages[place].get("tool_calls"):  # they follow the content
-            end = self.control.end_of_turn(rendered, closed, len(rendered), required=True)
-        else:
-            end = None if closed is None else self.control.end_of_turn(rendered, closed, closed)
+        end = closed
+        if closed is not None:
+            called = "tool_calls" in self.messages[place]  # calls follow the content
+            end = self.control.end_token(rendered, closed, len(rendered) if called else closed)
+            end = closed if end is None and not called else end
         if start is None or end is None:
             raise UsageError(
                 f"messages[{place}] cannot be found in the rendered conversation: this chat template changes earlier "
@@ -428,21 +430,10 @@ class _Control:
             return {self.guard(key, untrusted): self.guard(entry, untrusted) for key, entry in value.items()}
         return [self.guard(entry, untrusted) for entry in value]
 
-    @overload
-    def end_of_turn(self, rendered: str, start: int, limit: int, required: Literal[False] = False) -> int: ...
-
-    @overload
-    def end_of_turn(self, rendered: str, start: int, limit: int, required: bool) -> int | None: ...
-
-    def end_of_turn(self, rendered: str, start: int, limit: int, required: bool = False) -> int | None:
-        """The end of a turn whose text ends between `start` and `limit`: after its first end token.
-
-        One right behind `limit` counts. Without one the turn ends with its text, or is None if one is `required`.
-        """
+    def end_token(self, rendered: str, start: int, limit: int) -> int | None:
+        """The end of the first end-of-turn token between `start` and `limit`, or right behind `limit`."""
         match = self._ends.search(rendered, start, limit) or self._ends.match(rendered, limit)
-        if match:
-            return match.end()
-        return None if required else start + len(rendered[start:limit].rstrip())
+        return match.end() if match else None
 
     def renamed(self) -> tokenizers.Tokenizer:
         """A copy of the tokenizer in which control tokens have their secret names and all else is equal."""

@@ -14,6 +14,7 @@ import { Marked } from "./vendor/marked.js";
 
 const SIMPLE_TAG = /^<\/?(?:br|sub|sup|kbd|mark|u|b|i|em|strong|s|del|ins|small)\s*\/?>/i;
 const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
+const TOO_DEEP = /^(?:[ \t]{0,3}>){60}/m; // each level is parsed again from the inside: time grows with the square
 const CJK = /[\u2e80-\u303f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef“”‘’—…·]/;
 
 const escape = (text) =>
@@ -119,17 +120,41 @@ export function sanitise(html) {
   return purifier.sanitize(html, POLICY);
 }
 
-/** The top-level blocks of a Markdown text: marked's tokens; their `raw` strings join to the text (with \n line ends). */
+/** The text as it is, for what the parser gives up on: thousands of nested quotes exhaust its stack. */
+function plain(text) {
+  const paragraph = document.createElement("p");
+  paragraph.className = "plain";
+  paragraph.textContent = text;
+  const fragment = document.createDocumentFragment();
+  fragment.append(paragraph);
+  return fragment;
+}
+
+/** The top-level blocks of a Markdown text: marked's tokens; their `raw` strings join to the text (with \n line ends).
+ * A text that cannot be parsed is one token of type "plain". */
 export function blocks(text) {
-  return marked.lexer(text.replace(/\r\n?/g, "\n"));
+  const clean = text.replace(/\r\n?/g, "\n");
+  if (TOO_DEEP.test(clean)) return [{ type: "plain", raw: clean }];
+  try {
+    return marked.lexer(clean);
+  } catch {
+    return [{ type: "plain", raw: clean }];
+  }
 }
 
 /** One block as DOM. */
 export function blockToDom(token) {
-  return sanitise(marked.parser([token]));
+  if (token.type === "plain") return plain(token.raw);
+  try {
+    return sanitise(marked.parser([token]));
+  } catch {
+    return plain(token.raw);
+  }
 }
 
 /** A whole text as DOM, for what is rendered once. */
 export function markdownToDom(text) {
-  return sanitise(marked.parser(blocks(text)));
+  const fragment = document.createDocumentFragment();
+  for (const token of blocks(text)) fragment.append(blockToDom(token));
+  return fragment;
 }

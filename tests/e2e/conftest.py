@@ -88,17 +88,20 @@ def browser() -> Iterator[Browser]:
 class Troubles:
     """What a page complained about: uncaught exceptions, console errors, and requests that left for another host."""
 
-    def __init__(self, page: Page, home: str) -> None:
+    def __init__(self, page: Page, home: str, tolerate: str) -> None:
         self.errors: list[str] = []
         self.foreign: list[str] = []
         self._home = home
+        self._tolerate = tolerate
         page.on("pageerror", lambda error: self.errors.append(f"{error.name}: {error.message}"))
         page.on("console", self._heard)
         page.on("request", lambda request: self._left(request.url))
 
     def _heard(self, message: ConsoleMessage) -> None:
         # Chromium writes a line for each HTTP error; the tests of errors cause them on purpose.
-        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+        if message.type != "error" or message.text.startswith("Failed to load resource"):
+            return
+        if not self._tolerate or self._tolerate not in message.text:
             self.errors.append(message.text)
 
     def _left(self, url: str) -> None:
@@ -110,7 +113,8 @@ class Troubles:
 def open_page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[OpenPage]:
     """`open_page(locale="zh-CN", settings={...}, width=360)` -> a page in a fresh profile, ready for input.
 
-    The test fails at its end if the page had an uncaught error or asked another host for anything.
+    The test fails at its end if the page had an uncaught error or asked another host for anything; console errors with
+    `tolerate` in them are let pass.
     """
     contexts: list[BrowserContext] = []
     troubles: list[Troubles] = []
@@ -122,6 +126,7 @@ def open_page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Open
         width: int = 1200,
         height: int = 800,
         before: Callable[[Page], object] | None = None,
+        tolerate: str = "",
         **options: Any,
     ) -> Page:
         address = url or request.getfixturevalue("server_url")
@@ -131,9 +136,9 @@ def open_page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Open
         contexts.append(context)
         # only where nothing is stored yet: a reload must find what the page itself has stored
         stored = json.dumps(json.dumps(SHORT | (settings or {})))
-        context.add_init_script(f"localStorage['bimo.settings'] ??= {stored}")
+        context.add_init_script(f"try {{ localStorage['bimo.settings'] ??= {stored} }} catch {{}}")
         page = context.new_page()
-        troubles.append(Troubles(page, address))
+        troubles.append(Troubles(page, address, tolerate))
         if before:
             before(page)
         page.goto(address)

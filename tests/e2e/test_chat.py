@@ -10,6 +10,17 @@ from playwright.sync_api import Page, expect
 
 from tests.e2e.conftest import OpenPage, answer_id, answer_with, ask, ask_and_wait, last_answer, never_ending, request_bodies, wait_idle
 
+# The text of all answers in the browser's database, as another page would read it.
+STORED_ANSWERS = """async () => {
+    const open = indexedDB.open("bimo");
+    const db = await new Promise((done) => (open.onsuccess = () => done(open.result)));
+    const all = db.transaction("conversations").objectStore("conversations").getAll();
+    const conversations = await new Promise((done) => (all.onsuccess = () => done(all.result)));
+    db.close();
+    const nodes = conversations.flatMap((conversation) => Object.values(conversation.nodes));
+    return nodes.filter((node) => node.role === "assistant").map((node) => node.content).join("").trim();
+}"""
+
 
 @pytest.mark.parametrize(
     ("locale", "question", "title"),
@@ -189,17 +200,8 @@ def test_a_reload_in_the_middle_keeps_the_part(open_page: OpenPage) -> None:
     page = open_page(before=never_ending)
     ask(page, "Write a very long story.")
     page.wait_for_selector("article.assistant .prose")
-    # the checkpoint comes once a second
-    page.wait_for_function(
-        """async () => {
-            const open = indexedDB.open("bimo");
-            const db = await new Promise((done) => (open.onsuccess = () => done(open.result)));
-            const all = db.transaction("conversations").objectStore("conversations").getAll();
-            const [conversation] = await new Promise((done) => (all.onsuccess = () => done(all.result)));
-            db.close();
-            return Object.values(conversation?.nodes ?? {}).some((n) => n.role === "assistant" && n.content.trim());
-        }"""
-    )
+    while not page.evaluate(STORED_ANSWERS):  # the checkpoint comes once a second
+        page.wait_for_timeout(200)
     page.reload()
     expect(page.get_by_role("alert")).to_contain_text("What had arrived is kept")
     assert last_answer(page)

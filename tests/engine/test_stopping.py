@@ -130,3 +130,31 @@ def test_usage_counts_all_sequences(make_engine) -> None:
     answer = ask(make_engine(), n=3, max_tokens=7, ignore_eos=True)
     assert answer.usage.completion_tokens == 21
     assert answer.usage.total_tokens == 21 + answer.usage.prompt_tokens
+
+
+def test_constraint_that_fails_ends_its_own_request_only(make_engine, tiny_tokenizer) -> None:
+    from bimo.engine.constrain import choice
+
+    class Broken:
+        def __init__(self, where: str) -> None:
+            self.real, self.where = choice(tiny_tokenizer, ["是是是", "否否否"])(), where
+
+        def __getattr__(self, name: str):
+            if name == self.where:
+                raise RuntimeError("grammar too complex")
+            return getattr(self.real, name)
+
+    engine = make_engine()
+    prompt = engine.tokenizer.encode(TEXT)
+    for where in ("allowed_mask", "accept"):
+        bad = Request(prompt_token_ids=prompt, constraint=lambda where=where: Broken(where))
+        good = Request(prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=3, ignore_eos=True))
+        failed, fine = run(engine, [bad, good])
+        assert failed.reasons == ["error"] and len(fine.tokens[0]) == 3
+
+
+def test_constraint_goes_before_min_tokens(make_engine, tiny_tokenizer) -> None:
+    from bimo.engine.constrain import choice
+
+    answer = ask(make_engine(), min_tokens=30, max_tokens=40, constraint=choice(tiny_tokenizer, ["是"]))
+    assert answer.text == ["是"]

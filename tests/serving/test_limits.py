@@ -25,6 +25,14 @@ def scripted(tokenizer: Tokenizer, **settings: Any) -> ScriptedBackend:
     return ScriptedBackend(tokenizer, lambda _: "好的 🦊", **settings)
 
 
+def everything(connection: socket.socket) -> bytes:
+    """What the server says until it hangs up."""
+    data = b""
+    while more := connection.recv(65536):
+        data += more
+    return data
+
+
 def test_a_key_opens_everything_but_the_page(tokenizer: Tokenizer) -> None:
     client = TestClient(create_app(scripted(tokenizer), api_key=KEY))
     for path in ("/health", "/version", "/openapi.json"):
@@ -122,6 +130,14 @@ def test_a_list_too_long_for_what_is_left_leaves_nothing_behind(tokenizer: Token
     assert app.state.service.admission.inside == 0
 
 
+def test_a_body_that_does_not_come(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bimo.serving.body.READ_TIMEOUT", 0.05)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n"
+    with live(create_app(scripted(tokenizer))) as server, server.connect(head + b"\r\n{") as connection:
+        answer = everything(connection)
+        assert answer.startswith(b"HTTP/1.1 408") and b'"request_timeout"' in answer
+
+
 def test_bodies_without_a_length_are_bounded_too(tokenizer: Tokenizer) -> None:
     with live(create_app(scripted(tokenizer), max_body_bytes=100_000)) as server:
 
@@ -139,6 +155,6 @@ def test_bodies_without_a_length_are_bounded_too(tokenizer: Tokenizer) -> None:
             pass  # the server hung up on the rest, which is as good
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         with server.connect(head + b"Content-Length: 99999999999\r\n\r\n") as connection:
-            answer = connection.recv(65536)
+            answer = everything(connection)
             assert answer.startswith(b"HTTP/1.1 413") and b"connection: close" in answer.lower()
         assert httpx.post(f"{server.url}/v1/chat/completions", json=CHAT).status_code == 200

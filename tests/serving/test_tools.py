@@ -91,6 +91,17 @@ def test_tools_are_text_when_none_may_be_called(tokenizer: Tokenizer) -> None:
     assert told > without, "only a model that may call tools is told of them"
 
 
+def test_a_model_without_a_template_stops_before_the_next_speaker(tokenizer: Tokenizer) -> None:
+    base = Tokenizer.from_directory(tokenizer.directory)
+    base.chat_template = None
+    client = TestClient(create_app(ScriptedBackend(base, lambda _: " 好的。\nUser: 再来")))
+    body = {"messages": [{"role": "user", "content": "天气?"}]}
+    choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert choice["message"]["content"] == " 好的。" and choice["stop_reason"] is None
+    choice = client.post("/v1/chat/completions", json=body | {"stop": "\nUser:"}).json()["choices"][0]
+    assert choice["stop_reason"] == "\nUser:", "asked for, so it is told"
+
+
 def test_a_conversation_with_results(tokenizer: Tokenizer) -> None:
     backend = ScriptedBackend(tokenizer, lambda _: "晴 ☀️")
     client = TestClient(create_app(backend))

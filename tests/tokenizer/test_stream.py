@@ -51,7 +51,7 @@ def test_pieces_join_to_the_text(tokenizer: Tokenizer, text: str) -> None:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_any_ids_stream_to_what_decoding_gives(
     byte_level: Tokenizer, sentencepiece: Tokenizer, data: st.DataObject
 ) -> None:
@@ -63,7 +63,7 @@ def test_any_ids_stream_to_what_decoding_gives(
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_stop_strings_cut_where_the_definition_says(
     byte_level: Tokenizer, sentencepiece: Tokenizer, data: st.DataObject
 ) -> None:
