@@ -174,7 +174,8 @@ def test_the_help_page_is_up_to_date() -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.cli_page(), "run `make docs`"
+    for language, text in module.cli_pages().items():
+        assert module.PAGES[language].read_text(encoding="utf-8") == text, "run `make docs`"
 
 
 def test_make_has_the_targets() -> None:

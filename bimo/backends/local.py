@@ -25,6 +25,7 @@ from bimo.formats.hub import resolve
 from bimo.formats.huggingface import load_weights, read_config
 from bimo.models.config import DecoderConfig
 from bimo.models.decoder import Decoder
+from bimo.models.empty import empty_decoder
 from bimo.runtime import available_memory, choose_dtype, return_free_memory
 from bimo.tokenizer.load import Tokenizer
 
@@ -39,8 +40,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 def load_decoder(directory: Any, config: DecoderConfig, dtype: torch.dtype, device: str = "cpu") -> Decoder:
     """Build the model without memory, then let each weight arrive in its number type: peak = weights + one tensor."""
-    with torch.device("meta"):
-        model = Decoder(config)
+    model = empty_decoder(config)
     for name, tensor in load_weights(directory, config):
         model.load_state_dict({name: tensor.to(device, dtype)}, strict=False, assign=True)
     model.reset_rope()

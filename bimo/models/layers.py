@@ -119,18 +119,22 @@ def _yarn(frequencies: Tensor, head_dim: int, rope: RopeConfig, original: int) -
 
 
 def rope_table(config: DecoderConfig) -> Tensor:
-    """cos and sin for every position, (2, max_positions, head_dim), float32; both halves hold the same angles.
+    """cos and signed sin for every position, (2, max_positions, head_dim), float32: both halves of cos hold the same
+    angles, the first half of sin is negated, so that `rotate` needs no negation of its own.
 
     Price: 2 * context * head_dim * 4 bytes once for all layers (4 MB for smollm2's 8k).
     """
     frequencies, factor = rope_frequencies(config.head_dim, config.rope, config.max_positions)
     angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return torch.stack((angles.cos() * factor, angles.sin() * factor))
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (x_i, x_{i + E/2}), the half-split convention; x (B, T, H, E), cos and sin (B, T, 1, E)."""
+    """Turn each pair (a, b) = (x_i, x_{i + E/2}) by its position's angle: (a cos - b sin, b cos + a sin).
+
+    x (B, T, H, E); cos and signed sin (B, T, 1, E) as `rope_table` holds them.
+    """
     half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)

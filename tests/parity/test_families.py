@@ -210,3 +210,16 @@ def test_gguf_round_trip(name: str, kind: str, tiny_model_dir: Path, tmp_path: P
     expected, logits = bimo_logits(original, ids), bimo_logits(back, ids)
     assert (logits - expected).abs().mean() < (1e-6 if kind == "f16" else 0.05) * expected.std()
     assert (tmp_path / "back" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+
+
+def test_smollm2_converted_from_gguf_is_the_same_model_to_transformers(smollm2_dir: Path) -> None:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_dir)
+    decoder = load_decoder(smollm2_dir)
+    for text in ("The capital of France is", "人工智能正在改变世界 🌏", "def add(a, b):\n    return"):
+        ids = torch.tensor([tokenizer.encode(text)])
+        assert (bimo_logits(decoder, ids) - reference_logits(reference, ids)).abs().max() < 1e-3  # logits reach 30
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
+    assert "Paris" in tokenizer.decode(answer[inputs["input_ids"].shape[1] :])

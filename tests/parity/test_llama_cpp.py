@@ -48,7 +48,7 @@ def open_llama(file: Path, num_tokens: int = 512) -> Any:
     return llama_cpp.Llama(
         str(file),
         n_ctx=num_tokens,
-        n_threads=2,
+        n_threads=1,  # its threads spin while they wait, which is slow where others want the cores
         logits_all=True,
         type_k=float32,
         type_v=float32,

@@ -27,12 +27,14 @@ def test_computing_stops_when_the_client_leaves(
 ) -> None:
     body: dict[str, Any] = {"max_tokens": 1900, "ignore_eos": True, "stream": stream, "n": 4}
     body |= CHAT if "chat" in path else {"prompt": "从前"}
+    before = backend.stats().generation_tokens
     connection = server.post_raw(path, body)
     if stream:
         assert connection.recv(15) == b"HTTP/1.1 200 OK"
     until(lambda: backend.stats().running == 4)
     connection.close()
     until(lambda: backend.stats().running == backend.stats().waiting == 0)
+    assert backend.stats().generation_tokens - before < 4 * 1900, "it was left, not finished"
     until(lambda: server.app.state.service.admission.inside == 0)  # type: ignore[attr-defined]
 
 
