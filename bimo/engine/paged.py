@@ -131,7 +131,8 @@ class StepAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         """q (1, T, H, E), k and v (1, T, K, E) -> (1, T, H, E); stores k and v first."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (K, slots, E)
-        q, k, v = q[0], k[0].transpose(0, 1), v[0].transpose(0, 1)
+        num_tokens = len(self.slots)  # rows after these are padding
+        q, k, v = q[0], k[0, :num_tokens].transpose(0, 1), v[0, :num_tokens].transpose(0, 1)
         keys.index_copy_(1, self.slots, k)
         values.index_copy_(1, self.slots, v)
         parts = []
@@ -143,6 +144,8 @@ class StepAttention:
             else:
                 context = keys.index_select(1, chunk.slots), values.index_select(1, chunk.slots)
             parts.append(_prefill(q[chunk.rows], *context, scale, chunk.masks[window]))
+        if len(q) > num_tokens:
+            parts.append(q.new_zeros((len(q) - num_tokens, *q.shape[1:])))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor) -> Tensor:
