@@ -33,6 +33,7 @@ __all__ = ["LocalBackend", "load_decoder"]
 
 BLOCK_SIZE = 16  # tokens a cache block; smaller shares more of a prefix, larger gathers faster
 KV_CACHE_BYTES = 192 << 20  # default size of the KV cache, if that much memory is free
+TIDY_STEPS = 256  # the allocator keeps up to 170 MB of a step's temporaries; giving them back takes milliseconds
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -201,8 +202,12 @@ class LocalBackend:
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        tidied = 0  # steps
         while not self._closed:
             try:
+                if self.engine.stats.steps - tidied >= (TIDY_STEPS if self.engine.has_work else 1):
+                    tidied = self.engine.stats.steps
+                    return_free_memory()
                 if not self.engine.has_work:
                     self._commands.get()()
                 while not self._commands.empty():

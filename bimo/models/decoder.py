@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bimo.models.attention import Attend, Attention, FullSequence
 from bimo.models.config import DecoderConfig
-from bimo.models.layers import MLP, make_norm, rope_table
+from bimo.models.layers import MLP, make_norm, rope_angles, rope_frequencies
 
 __all__ = ["Block", "Decoder"]
 
@@ -43,7 +43,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids to hidden states to logits."""
 
-    rope: Tensor  # (2, max_positions, head_dim) float32; empty with learned positions
+    rope: Tensor  # (head_dim / 2,) float32 angular frequencies; empty with learned positions
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -57,12 +57,16 @@ class Decoder(nn.Module):
         if not config.tied_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rope", torch.empty(0), persistent=False)
+        self.rope_factor = 1.0
         self.reset_rope()
 
     def reset_rope(self) -> None:
-        """(Re)compute the rotary table: float32 whatever the weights are, because bf16 angles lose far positions."""
+        """(Re)compute the rotary frequencies; they are not weights, and stay float32 whatever the weights are."""
         if self.config.position == "rotary" and self.embed_tokens.weight.device.type != "meta":
-            self.rope = rope_table(self.config).to(self.embed_tokens.weight.device)
+            frequencies, self.rope_factor = rope_frequencies(
+                self.config.head_dim, self.config.rope, self.config.max_positions
+            )
+            self.rope = frequencies.to(self.embed_tokens.weight.device)
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """Hidden states after the final norm, (B, T, D).
@@ -80,8 +84,8 @@ class Decoder(nn.Module):
         if self.config.position == "learned":
             x = x + self.embed_positions(positions)
         else:
-            cos, sin = self.rope[:, positions].to(x.dtype).unsqueeze(-2)  # (B, T, 1, E) each
-            rope = (cos, sin)
+            cos, sin = rope_angles(positions, self.rope, self.rope_factor)
+            rope = (cos.to(x.dtype), sin.to(x.dtype))
         for layer in self.layers:
             x = layer(x, rope, attend)
         return self.final_norm(x)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bimo.models.config import DecoderConfig, RopeConfig
 
-__all__ = ["MLP", "RMSNorm", "make_norm", "rope_frequencies", "rope_table", "rotate"]
+__all__ = ["MLP", "RMSNorm", "make_norm", "rope_angles", "rope_frequencies", "rotate"]
 
 
 class RMSNorm(nn.Module):
@@ -118,22 +118,21 @@ def _yarn(frequencies: Tensor, head_dim: int, rope: RopeConfig, original: int) -
     return blended, attention_factor
 
 
-def rope_table(config: DecoderConfig) -> Tensor:
-    """cos and signed sin for every position, (2, max_positions, head_dim), float32: both halves of cos hold the same
-    angles, the first half of sin is negated, so that `rotate` needs no negation of its own.
+def rope_angles(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of every position's angles, (B, T, 1, E) float32 each, for `rotate`.
 
-    Price: 2 * context * head_dim * 4 bytes once for all layers (4 MB for smollm2's 8k).
+    positions (B, T), frequencies (E / 2,). Float32 whatever the weights are, because bf16 angles lose far positions.
+    Computed for a step's tokens only: a table for a context of 1M would take a gigabyte.
     """
-    frequencies, factor = rope_frequencies(config.head_dim, config.rope, config.max_positions)
-    angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), frequencies)
+    angles = positions[..., None, None].float() * frequencies  # (B, T, 1, E / 2)
     cos, sin = angles.cos() * factor, angles.sin() * factor
-    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (a, b) = (x_i, x_{i + E/2}) by its position's angle: (a cos - b sin, b cos + a sin).
 
-    x (B, T, H, E); cos and signed sin (B, T, 1, E) as `rope_table` holds them.
+    x (B, T, H, E); cos and signed sin (B, T, 1, E) from `rope_angles`: the first half of sin is negated there.
     """
     half = x.shape[-1] // 2
     swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
