@@ -114,7 +114,6 @@ async function start() {
   document.addEventListener("keydown", onKeyDown);
   render(html`<${App} />`, document.getElementById("app"));
   document.documentElement.dataset.ready = "true";
-  fillComposer();
   connect();
 }
 

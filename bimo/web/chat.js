@@ -41,9 +41,9 @@ class Run {
   #scheduled = false;
   paintCost = 0; // ms the last drawing took; the view reports it
 
-  constructor(conversationId, nodeId) {
-    this.conversationId = conversationId;
+  constructor(nodeId) {
     this.nodeId = nodeId;
+    this.ended = new Promise((resolve) => (this.end = resolve));
   }
 
   take({ text = "", reasoning = "" }) {
@@ -99,7 +99,7 @@ async function answer(conversation, questionId) {
   const name = model.peek()?.id ?? settings.peek().model;
   const messages = requestMessages(conversation, questionId, settings.peek().system);
   const [started, node] = addNode(conversation, questionId, { role: "assistant", content: "", model: name });
-  const run = new Run(conversation.id, node.id);
+  const run = new Run(node.id);
   update(started);
   holdOpen(conversation.id, true);
   setRun(conversation.id, run);
@@ -107,7 +107,9 @@ async function answer(conversation, questionId) {
     const latest = inHand(conversation.id);
     if (latest?.nodes[node.id]) update(changeNode(latest, node.id, fields));
   };
-  const checkpoint = setInterval(() => keep(run.fields()), SAVE_EVERY);
+  const save = () => keep(run.fields());
+  const checkpoint = setInterval(save, SAVE_EVERY);
+  window.addEventListener("pagehide", save);
   const end = {};
   try {
     for await (const piece of streamChat({ model: name, messages, ...requestFields() }, run.controller.signal)) {
@@ -122,14 +124,16 @@ async function answer(conversation, questionId) {
       const known = error instanceof ApiError ? error : new ApiError("server", { detail: String(error?.message ?? "") });
       end.finish = "interrupted";
       end.error = known.toJSON();
-      if (["key", "network", "loading"].includes(known.kind)) connect();
+      if (["key", "network", "loading", "model"].includes(known.kind)) connect();
     }
   } finally {
     clearInterval(checkpoint);
+    window.removeEventListener("pagehide", save);
     run.flush();
     keep({ ...run.fields(), ...end });
     holdOpen(conversation.id, false);
     setRun(conversation.id, null);
+    run.end();
   }
 }
 
@@ -170,11 +174,17 @@ export function continueInNewChat(answerId) {
   return question?.content ?? "";
 }
 
-/** Stop the answer in conversation `id` (default: the one on screen); what has come stays. */
+/** Stop the answer in conversation `id` (default: the one on screen); what has come stays. Returns a promise of its end,
+ * or null when nothing was running. */
 export function stop(id = current.peek().id) {
   const run = runs.peek().get(id);
   run?.controller.abort();
-  return Boolean(run);
+  return run?.ended ?? null;
+}
+
+/** Stop every answer, wherever it is being written. */
+export function stopAll() {
+  return Promise.all([...runs.peek().keys()].map((id) => stop(id)));
 }
 
 let attempt = null;

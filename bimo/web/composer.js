@@ -48,7 +48,7 @@ export function Composer() {
     }
   }, [text]);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     // A tap that opens a conversation on a phone must not throw the keyboard over it.
     if (focusRequest.value && matchMedia("(hover: hover)").matches) area.current.focus();
   }, [focusRequest.value]);

@@ -27,7 +27,8 @@ export function emptyConversation() {
 /** A title from the first message: its first line without Markdown signs, cut between characters, not inside an emoji. */
 export function titleFrom(text) {
   const line = text.split("\n").map((part) => part.replace(/^[#>*\-\s`]+/, "").trim()).find(Boolean) ?? "";
-  const characters = Array.from(new Intl.Segmenter().segment(line.slice(0, 400)), (part) => part.segment);
+  const start = line.slice(0, 400);
+  const characters = Intl.Segmenter ? Array.from(new Intl.Segmenter().segment(start), (part) => part.segment) : [...start];
   return characters.length > MAX_TITLE ? `${characters.slice(0, MAX_TITLE - 1).join("").trimEnd()}…` : line;
 }
 

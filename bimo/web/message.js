@@ -29,13 +29,14 @@ function Versions({ node }) {
   if (ids.length < 2) return null;
   const position = ids.indexOf(node.id);
   const go = (step) => () => {
+    if (!ids[position + step]) return;
     chooseVersion(ids[position + step]);
     announce(t("versions.position", { position: position + step + 1, total: ids.length }));
   };
   return html`<span class="versions" role="group" aria-label=${t("versions.label")}>
-    <${IconButton} name="previous" label=${t("versions.previous")} disabled=${position === 0} onClick=${go(-1)} />
+    <${IconButton} name="previous" label=${t("versions.previous")} aria-disabled=${position === 0} onClick=${go(-1)} />
     <span aria-label=${t("versions.position", { position: position + 1, total: ids.length })}>${position + 1}/${ids.length}</span>
-    <${IconButton} name="next" label=${t("versions.next")} disabled=${position === ids.length - 1} onClick=${go(1)} />
+    <${IconButton} name="next" label=${t("versions.next")} aria-disabled=${position === ids.length - 1} onClick=${go(1)} />
   </span>`;
 }
 
@@ -77,13 +78,24 @@ function Editor({ node }) {
   </div>`;
 }
 
+const FOLD = 1600; // characters of a question that are shown at first; pasted documents are longer
+
+function Bubble({ text }) {
+  const [open, setOpen] = useState(false);
+  const long = text.length > FOLD + 400;
+  const shown = long && !open ? `${text.slice(0, FOLD).replace(/[\ud800-\udbff]$/, "")}…` : text;
+  return html`<div class="bubble" dir="auto" lang=${languageOf(text)}>${shown}</div>
+    ${long && html`<button type="button" class="link-button" aria-expanded=${open} onClick=${() => setOpen(!open)}>
+      ${t(open ? "message.less" : "message.more")}</button>`}`;
+}
+
 const Question = memo(({ node }) => {
   const locked = Boolean(currentRun.value);
   return html`<article class="message user" data-id=${node.id}>
     <h2 class="offscreen">${t("message.you")}</h2>
     ${editing.value === node.id
       ? html`<${Editor} node=${node} />`
-      : html`<div class="bubble" dir="auto" lang=${languageOf(node.content)}>${node.content}</div>
+      : html`<${Bubble} key=${node.id} text=${node.content} />
         <div class="actions">
           <${Versions} node=${node} />
           <${IconButton} name="edit" label=${t("message.edit")} disabled=${locked} onClick=${() => (editing.value = node.id)} />
@@ -91,6 +103,12 @@ const Question = memo(({ node }) => {
         </div>`}
   </article>`;
 });
+
+/** The button that asks for it vanishes while the answer is written: the composer takes the focus. */
+function answerAgain(id) {
+  regenerate(id);
+  fillComposer();
+}
 
 /** "128 tokens · 45.2 tokens/s · first word after 0.4 s" */
 function Stats({ node }) {
@@ -116,7 +134,7 @@ function Stats({ node }) {
 function Ending({ node, last }) {
   const finish = node.finish ?? "interrupted"; // no ending was stored: the page was closed meanwhile
   const error = node.error;
-  const retry = () => regenerate(node.id);
+  const retry = () => answerAgain(node.id);
   if (error && !(error.kind === "interrupted")) {
     const detail = errorDetail(error);
     return html`<div class="notice trouble" role="alert">${icon("alert")}
@@ -139,7 +157,7 @@ function Ending({ node, last }) {
     <div class="grow"><p>${t(interrupted && !node.content ? "finish.interrupted.empty" : `finish.${finish}`)}</p></div>
     ${last && interrupted && html`<button type="button" class="button small" onClick=${retry}>${t("retry")}</button>`}
     ${last && finish === "length" && html`<button type="button" class="button small"
-      onClick=${() => send(t("finish.length.prompt"))}>${t("finish.length.continue")}</button>`}
+      onClick=${() => send(t("finish.length.prompt")) && fillComposer()}>${t("finish.length.continue")}</button>`}
   </div>`;
 }
 
@@ -178,7 +196,7 @@ function AnswerActions({ node, last, locked }) {
     <${Versions} node=${node} />
     ${node.content && html`<${CopyButton} text=${node.content} />`}
     ${!offersRetry && html`<${IconButton} name="regenerate" label=${t("message.regenerate")} disabled=${locked}
-      onClick=${() => regenerate(node.id)} />`}
+      onClick=${() => answerAgain(node.id)} />`}
     <${Stats} node=${node} />
   </div>`;
 }

@@ -1,7 +1,7 @@
 // The settings sheet: how answers are made, how the page looks, the key, and the user's data. A native <dialog>: the
 // browser keeps the focus inside, closes it on Escape and hands the focus back.
 
-import { currentRun, model, server, stop } from "./chat.js";
+import { model, server, stopAll } from "./chat.js";
 import { number, t } from "./i18n.js";
 import { eraseEverything, exportText, importText, summaries } from "./library.js";
 import { confirm, KeyForm, notify } from "./notices.js";
@@ -18,7 +18,7 @@ export function openSettings() {
 function ResetButton({ name, label }) {
   if (!isChanged(name)) return null;
   return html`<button type="button" class="link-button" aria-label=${t("settings.reset.of", { name: label })}
-    onClick=${() => reset(name)}>${t("settings.reset.one")}</button>`;
+    onClick=${() => reset(name)}>${t("settings.reset")}</button>`;
 }
 
 function Field({ field }) {
@@ -98,7 +98,7 @@ function Data() {
     const count = summaries.value.length;
     const agreed = await confirm({ title: t("data.erase.title"), text: t("data.erase.text", { count }), action: t("data.erase") });
     if (!agreed) return;
-    if (currentRun.value) stop();
+    await stopAll();
     await eraseEverything();
     opened.value = false;
     notify(t("data.erased"));
@@ -135,7 +135,7 @@ function Content({ close }) {
   const anyChanged = FIELDS.some(({ name }) => isChanged(name)) || isChanged("system");
   return html`
     <header class="sheet-head">
-      <h2 id="settings-title">${t("settings.title")}</h2>
+      <h2>${t("settings.title")}</h2>
       <${IconButton} name="close" label=${t("close")} onClick=${close} />
     </header>
     <div class="sheet-body">
@@ -182,7 +182,7 @@ export function SettingsPanel() {
   }, [open]);
   const close = () => (opened.value = false);
   const onClick = (event) => event.target === dialog.current && close(); // the backdrop is the dialog itself
-  return html`<dialog ref=${dialog} class="sheet" aria-labelledby="settings-title" onClose=${close} onClick=${onClick}>
+  return html`<dialog ref=${dialog} class="sheet" aria-label=${t("settings.title")} onClose=${close} onClick=${onClick}>
     ${open && html`<${Content} close=${close} />`}
   </dialog>`;
 }

@@ -15,6 +15,7 @@ import { html, IconButton, isComposing, isPlainEnter, signal, useEffect, useRef,
 /** Whether the drawer is open; it has no meaning on a wide window. */
 export const drawerOpen = signal(false);
 const searchRequest = signal(0);
+let opener = null; // what had the focus when the drawer opened
 
 const PAGE = 200; // list entries drawn at once
 
@@ -22,6 +23,7 @@ const PAGE = 200; // list entries drawn at once
 export const sidebarShown = () => (narrow.value ? drawerOpen.value : sidebarOpen.value);
 
 export function toggleSidebar(open) {
+  opener = document.activeElement; // before the chat becomes inert, which takes the focus from it
   if (narrow.peek()) drawerOpen.value = open ?? !drawerOpen.peek();
   else sidebarOpen.value = open ?? !sidebarOpen.peek();
 }
@@ -54,7 +56,7 @@ function ageGroup(time) {
 }
 
 async function remove(line, index) {
-  stop(line.id);
+  await stop(line.id); // its last words are then in what an undo brings back
   const erased = await erase(line.id);
   if (erased) notify(t("sidebar.deleted", { title: line.title }), { label: t("undo"), run: () => restore(erased) });
   // The button that had the focus is gone with its line: the next line's takes it.
@@ -157,9 +159,10 @@ export function Sidebar() {
   useEffect(() => {
     // A dialog's manners for the drawer: the focus goes in with it and comes back when it closes.
     if (!narrow.value || !drawerOpen.value) return undefined;
-    const before = document.activeElement;
-    if (!document.querySelector(".sidebar").contains(before)) document.querySelector(".sidebar .close-drawer").focus();
-    return () => before?.isConnected && before.focus();
+    const back = opener;
+    const inside = document.querySelector(".sidebar").contains(document.activeElement);
+    if (!inside) document.querySelector(".close-drawer").focus();
+    return () => back?.isConnected && back.focus();
   }, [narrow.value, drawerOpen.value]);
 
   const onSearchKey = (event) => {

@@ -43,7 +43,6 @@ export async function openStorage(onProblem) {
     const late = new Promise((_, reject) => setTimeout(() => reject(new Error("timeout")), OPEN_TIMEOUT));
     database = await Promise.race([finished(request), late]);
     database.onversionchange = () => database.close(); // do not block another tab's upgrade
-    navigator.storage?.persist?.().catch(() => {}); // ask not to be evicted; a refusal changes nothing
     return "kept";
   } catch {
     database = null;

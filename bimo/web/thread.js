@@ -2,6 +2,7 @@
 // growing answer until the reader scrolls up, and then leaves the page where the reader put it.
 
 import { currentRun, send } from "./chat.js";
+import { fillComposer } from "./composer.js";
 import { thread } from "./conversation.js";
 import { icon } from "./icons.js";
 import { list, t } from "./i18n.js";
@@ -58,7 +59,7 @@ function Greeting() {
     <p class="quiet">${t("greeting.text")}</p>
     <ul class="examples">
       ${list("greeting.examples").map(([label, prompt]) => html`<li key=${prompt}>
-        <button type="button" class="example" onClick=${() => send(prompt)}>
+        <button type="button" class="example" onClick=${() => send(prompt) && fillComposer()}>
           <span class="example-label">${label}</span><span>${prompt}</span>
         </button></li>`)}
     </ul>
@@ -78,13 +79,15 @@ export function Thread() {
     if (running) jump();
   }, [running]);
 
+  // A message's key is its place in the thread: another version takes the place over, and its buttons keep the focus.
   return html`<div class="thread-frame">
     <div class="thread" ref=${scroller}>
       <div class="thread-content" ref=${content}>
         ${messages.length === 0
           ? html`<${Greeting} />`
           : html`<div role="log" aria-live="off" aria-label=${t("thread.label")}>
-              ${messages.map((node, index) => html`<${Message} key=${node.id} node=${node} last=${index === messages.length - 1} />`)}
+              ${messages.map((node, index) => html`<${Message} key=${node.parent} node=${node}
+                last=${index === messages.length - 1} />`)}
             </div>`}
       </div>
     </div>

@@ -1,7 +1,7 @@
 """What the page's tests share: a real server with the real model, a real Chromium, and a page that reports its errors.
 
-The server is `bimo serve smollm2` in a process of its own, once a test session. The browser is Debian's Chromium, once a
-module: Playwright's event loop must be gone before another module runs asyncio tests in the same process.
+The server is `bimo serve smollm2` in a process of its own, once a test session. The browser is Debian's Chromium,
+once a module: Playwright's event loop must be gone before another module runs asyncio tests in the same process.
 
 Each test gets a fresh browser profile (`open_page`). A test that only looks at how a text is shown says what the model
 "answered" with `answer_with`; every other test reads the model's own words.
@@ -27,7 +27,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
 MAX_QUEUE = 2  # sequences at once: the third gets a 429
-SHORT = {"temperature": 0, "max_tokens": 24, "repetition_penalty": 1}  # settings for an answer that comes soon
+SHORT = {"temperature": 0, "max_tokens": 12, "repetition_penalty": 1}  # settings for an answer that comes soon
 
 PATIENCE = 60_000  # ms; what a page waits for comes at once on a quiet machine, and late on a busy one
 
@@ -164,7 +164,8 @@ def wait_idle(page: Page, after: str = "") -> None:
     page.wait_for_function(
         """(after) => {
             const last = [...document.querySelectorAll("article.assistant")].at(-1);
-            return last && last.ariaBusy === "false" && last.dataset.id !== after && document.querySelector(".send[type=submit]");
+            const idle = document.querySelector(".send[type=submit]");
+            return idle && last && last.ariaBusy === "false" && last.dataset.id !== after;
         }""",
         arg=after,
     )

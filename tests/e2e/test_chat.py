@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.conftest import OpenPage, answer_id, answer_with, ask, ask_and_wait, last_answer, never_ending, request_bodies, wait_idle
+from tests.e2e.conftest import (
+    OpenPage,
+    answer_id,
+    answer_with,
+    ask,
+    ask_and_wait,
+    last_answer,
+    never_ending,
+    request_bodies,
+    wait_idle,
+)
 
 # The text of all answers in the browser's database, as another page would read it.
 STORED_ANSWERS = """async () => {
@@ -79,7 +89,7 @@ def test_stop_keeps_what_has_come(open_page: OpenPage) -> None:
 
 
 def test_regenerate_keeps_both_versions(open_page: OpenPage) -> None:
-    page = open_page(settings={"temperature": 1.5, "max_tokens": 16})
+    page = open_page(settings={"temperature": 1.5, "max_tokens": 10})
     first = ask_and_wait(page, "Invent a name for a cat.")
     before = answer_id(page)
     page.get_by_role("button", name="Another answer").click()
@@ -184,7 +194,7 @@ def test_rename_and_delete_with_undo(open_page: OpenPage) -> None:
 
 
 def test_an_answer_goes_on_behind_another_conversation(open_page: OpenPage) -> None:
-    page = open_page(settings={"max_tokens": 80})
+    page = open_page(settings={"max_tokens": 60})
     ask(page, "Write a long text about rivers.")
     page.wait_for_selector("article.assistant .prose")
     page.get_by_role("button", name="New chat").click()
@@ -210,8 +220,10 @@ def test_a_reload_in_the_middle_keeps_the_part(open_page: OpenPage) -> None:
 def test_the_page_follows_until_the_reader_scrolls_up(open_page: OpenPage) -> None:
     page = open_page(before=never_ending, height=320)
     ask(page, "Write a long list of animals with a sentence about each.")
-    at_end = "() => { const s = document.querySelector('.thread');" \
-             " return s.scrollHeight > s.clientHeight + 200 && s.scrollHeight - s.clientHeight - s.scrollTop < 60; }"
+    at_end = (
+        "() => { const s = document.querySelector('.thread');"
+        " return s.scrollHeight > s.clientHeight + 200 && s.scrollHeight - s.clientHeight - s.scrollTop < 60; }"
+    )
     page.wait_for_function(at_end)
     page.mouse.move(600, 120)
     page.mouse.wheel(0, -150)

