@@ -5,7 +5,7 @@ import { currentRun, model, send, stop } from "./chat.js";
 import { thread } from "./conversation.js";
 import { t } from "./i18n.js";
 import { current } from "./library.js";
-import { html, IconButton, isPlainEnter, signal, useEffect, useLayoutEffect, useRef } from "./ui.js";
+import { effect, html, IconButton, isPlainEnter, signal, useLayoutEffect, useRef } from "./ui.js";
 
 const DRAFT = "bimo.draft";
 
@@ -22,6 +22,14 @@ export const editing = signal("");
 
 const draft = signal(storedDraft());
 const focusRequest = signal(0);
+
+effect(() => {
+  try {
+    sessionStorage.setItem(DRAFT, draft.value);
+  } catch {
+    // forbidden or full: the draft then lives as long as this page
+  }
+});
 
 /** Put the cursor into the composer; with `text`, after replacing what is written there. */
 export function fillComposer(text) {
@@ -40,21 +48,13 @@ export function Composer() {
     element.style.height = `${element.scrollHeight}px`; // the style sheet caps it
   }, [text]);
 
-  useEffect(() => {
-    try {
-      sessionStorage.setItem(DRAFT, text);
-    } catch {
-      // forbidden or full: the draft then lives as long as this page
-    }
-  }, [text]);
-
   useLayoutEffect(() => {
     // A tap that opens a conversation on a phone must not throw the keyboard over it.
     if (focusRequest.value && matchMedia("(hover: hover)").matches) area.current.focus();
   }, [focusRequest.value]);
 
   const submit = () => {
-    if (send(text)) draft.value = "";
+    if (send(draft.peek())) draft.value = "";
   };
 
   const onKeyDown = (event) => {

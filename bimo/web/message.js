@@ -44,14 +44,15 @@ function Editor({ node }) {
   const [text, setText] = useState(node.content);
   const area = useRef(null);
   useEffect(() => {
-    const element = area.current;
-    element.focus();
-    element.setSelectionRange(element.value.length, element.value.length);
-  }, []);
-  useEffect(() => {
     area.current.style.height = "auto";
     area.current.style.height = `${area.current.scrollHeight + 2}px`;
   }, [text]);
+  useEffect(() => {
+    const element = area.current;
+    element.focus();
+    element.setSelectionRange(element.value.length, element.value.length);
+    element.parentElement.scrollIntoView({ block: "nearest" });
+  }, []);
   const close = () => {
     editing.value = "";
     fillComposer();

@@ -2,7 +2,7 @@
 // growing answer until the reader scrolls up, and then leaves the page where the reader put it.
 
 import { currentRun, send } from "./chat.js";
-import { fillComposer } from "./composer.js";
+import { editing, fillComposer } from "./composer.js";
 import { thread } from "./conversation.js";
 import { icon } from "./icons.js";
 import { list, t } from "./i18n.js";
@@ -38,7 +38,7 @@ function useFollow(scroller, content, conversationId) {
       else if (up) set(false);
     };
     const keepUp = () => {
-      if (state.current.following) element.scrollTop = element.scrollHeight;
+      if (state.current.following && !editing.peek()) element.scrollTop = element.scrollHeight;
     };
     const observer = new ResizeObserver(keepUp);
     observer.observe(content.current);
