@@ -2,6 +2,6 @@
 
 from bimo.runtime import tame_openmp
 
-__all__: list[str] = []
+__all__ = ["tame_openmp"]
 
 tame_openmp()

@@ -194,7 +194,7 @@ def test_rename_and_delete_with_undo(open_page: OpenPage) -> None:
 
 
 def test_an_answer_goes_on_behind_another_conversation(open_page: OpenPage) -> None:
-    page = open_page(settings={"max_tokens": 60})
+    page = open_page(settings={"max_tokens": 40})
     ask(page, "Write a long text about rivers.")
     page.wait_for_selector("article.assistant .prose")
     page.get_by_role("button", name="New chat").click()
@@ -218,20 +218,20 @@ def test_a_reload_in_the_middle_keeps_the_part(open_page: OpenPage) -> None:
 
 
 def test_the_page_follows_until_the_reader_scrolls_up(open_page: OpenPage) -> None:
-    page = open_page(before=never_ending, height=320)
+    page = open_page(before=never_ending, width=400, height=320)  # few words fill it
     ask(page, "Write a long list of animals with a sentence about each.")
     at_end = (
         "() => { const s = document.querySelector('.thread');"
-        " return s.scrollHeight > s.clientHeight + 200 && s.scrollHeight - s.clientHeight - s.scrollTop < 60; }"
+        " return s.scrollHeight > s.clientHeight + 100 && s.scrollHeight - s.clientHeight - s.scrollTop < 60; }"
     )
     page.wait_for_function(at_end)
-    page.mouse.move(600, 120)
-    page.mouse.wheel(0, -150)
+    page.mouse.move(200, 120)
+    page.mouse.wheel(0, -80)
     jump = page.get_by_role("button", name="Go to the latest message")
     expect(jump).to_be_visible()
     top = page.evaluate("document.querySelector('.thread').scrollTop")
     height = page.evaluate("document.querySelector('.thread').scrollHeight")
-    page.wait_for_function("(height) => document.querySelector('.thread').scrollHeight > height + 40", arg=height)
+    page.wait_for_function("(height) => document.querySelector('.thread').scrollHeight > height + 20", arg=height)
     assert page.evaluate("document.querySelector('.thread').scrollTop") == pytest.approx(top, abs=2)
     jump.click()
     page.wait_for_function(at_end)
