@@ -95,7 +95,8 @@ class LocalBackend:
             reference: a path, a catalog name, `hf:`, `modelscope:` or `pypi:` (see formats.hub).
             dtype: "float32", "bfloat16", "float16" or None for what the processor does fast.
             kv_cache_tokens: size of the KV cache; None: 192 MB worth, less when memory is short.
-            max_batch: sequences computed together. max_step_tokens: tokens computed in one step.
+            max_batch: sequences computed together.
+            max_step_tokens: tokens computed in one step (twice as many while nobody is streaming).
             context_length: limit below the model's own.
             progress: called with (stage, done, total) while fetching and converting.
         """
@@ -111,7 +112,10 @@ class LocalBackend:
             num_blocks = _num_blocks(config, number_type, kv_cache_tokens, context)
             runner = ModelRunner(model, num_blocks=num_blocks, block_size=BLOCK_SIZE)
             limits = EngineConfig(
-                context_length=context, max_batch=max_batch, max_step_tokens=max(max_step_tokens, max_batch)
+                context_length=context,
+                max_batch=max_batch,
+                max_step_tokens=max(max_step_tokens, max_batch),
+                max_prefill_tokens=2 * max_step_tokens,
             )
             return Engine(runner, Tokenizer.from_directory(directory), limits)
 

@@ -31,6 +31,8 @@ from bimo.tokenizer.stream import TextStream
 
 __all__ = ["Engine", "EngineConfig", "EngineStats"]
 
+_SCORED_AT_ONCE = 64  # prompt positions; a vocabulary of 49,152 in float32 takes 12 MB for them
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -39,6 +41,7 @@ class EngineConfig:
     context_length: int  # prompt and answer together
     max_batch: int = 64
     max_step_tokens: int = 512  # larger: faster prefill, longer pauses for those who are streaming
+    max_prefill_tokens: int = 1024  # the same while nobody is streaming
 
 
 @dataclass(slots=True)
@@ -69,7 +72,12 @@ class Engine:
     def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, config: EngineConfig) -> None:
         self.runner, self.tokenizer, self.config = runner, tokenizer, config
         self.pool = BlockPool(runner.cache.num_blocks, runner.cache.block_size)
-        self.scheduler = Scheduler(self.pool, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_batch=config.max_batch,
+            max_step_tokens=config.max_step_tokens,
+            max_prefill_tokens=config.max_prefill_tokens,
+        )
         # A lone sequence must always fit, or it would wait for ever.
         self.context_length = min(config.context_length, self.pool.num_blocks * self.pool.block_size)
         self.stats = EngineStats()
@@ -225,7 +233,7 @@ class Engine:
             self.stats.prompt_tokens += max(0, min(work.start + work.count, sequence.num_prompt) - work.start)
             if work.start == sequence.num_cached and sequence.num_output == 0:
                 self.stats.cached_tokens += sequence.num_cached
-            rows = result.prompt_logits.get(sequence)
+            rows = result.prompt_hidden.get(sequence)
             if rows is None:
                 continue
             if not sequence.prompt_logprobs:
@@ -235,7 +243,10 @@ class Engine:
             targets = sequence.token_ids[done : last + 1]  # row i predicts token i + 1; recomputed rows are skipped
             rows = rows[done - 1 - work.start : last - work.start]
             top = sequence.sampling.prompt_logprobs or 0
-            sequence.prompt_logprobs += token_logprobs(rows, targets, [top] * len(targets))
+            for start in range(0, len(targets), _SCORED_AT_ONCE):
+                part = targets[start : start + _SCORED_AT_ONCE]
+                logits = self.runner.logits(rows[start : start + _SCORED_AT_ONCE])
+                sequence.prompt_logprobs += token_logprobs(logits, part, [top] * len(part))
 
     def _sample(self, result: StepResult) -> list[Output]:
         """Choose the next token of every sequence that is not part of a search."""

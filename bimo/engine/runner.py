@@ -40,13 +40,13 @@ class StepResult:
 
     logits: (N, V) float32 for the N sequences that reached their last token, in `sequences` order.
     hidden: (N, D) their last hidden states.
-    prompt_logits: for sequences that asked for prompt_logprobs: (count, V) float32 rows of the computed chunk.
+    prompt_hidden: for sequences that asked for prompt_logprobs: (count, D), the computed chunk's hidden states.
     """
 
     sequences: list[Sequence]
     logits: Tensor
     hidden: Tensor
-    prompt_logits: dict[Sequence, Tensor]
+    prompt_hidden: dict[Sequence, Tensor]
 
 
 class ModelRunner:
@@ -77,22 +77,23 @@ class ModelRunner:
             torch.tensor([positions + padding], device=device),
             StepAttention(self.cache, plan),
         )[0]  # (T, D)
-        prompt_logits: dict[Sequence, Tensor] = {}
+        prompt_hidden: dict[Sequence, Tensor] = {}
         for work, end in zip(plan, ends, strict=True):
             rows = hidden[end - work.count : end]
             sequence = work.sequence
             if sequence.sampling.penalty_alpha:
                 sequence.hidden = rows if sequence.hidden is None else torch.cat((sequence.hidden, rows))
             if sequence.sampling.prompt_logprobs is not None and work.start < sequence.num_prompt:
-                prompt_logits[sequence] = self._logits(rows)
+                prompt_hidden[sequence] = rows
         last = [end - 1 for work, end in zip(plan, ends, strict=True) if work.is_last]
         last += [0] * (padded_rows(len(last)) - len(last)) if last else []
         hidden = hidden[torch.tensor(last, dtype=torch.long, device=device)]
-        logits = self._logits(hidden) if last else hidden.new_zeros(0, 0)
+        logits = self.logits(hidden) if last else hidden.new_zeros(0, 0)
         sequences = [work.sequence for work in plan if work.is_last]
-        return StepResult(sequences, logits[: len(sequences)], hidden[: len(sequences)], prompt_logits)
+        return StepResult(sequences, logits[: len(sequences)], hidden[: len(sequences)], prompt_hidden)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) float32, with the most likely words' scores computed in float32.
 
         A product of bf16 matrices ends in bf16, whose steps are 0.125 for scores around 20: the first places are often

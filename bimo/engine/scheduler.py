@@ -1,7 +1,8 @@
 """Who is computed in the next step: continuous batching, chunked prefill, preemption. Plain Python, no torch.
 
 One step computes at most `max_step_tokens` tokens: first one token of every sequence that is decoding, then, with what
-is left, chunks of prompts, oldest first; so a long prompt never stops the others' streams. When the cache is full the
+is left, chunks of prompts, oldest first; so a long prompt never stops the others' streams. While nobody streams, steps
+may be larger (`max_prefill_tokens`): fewer, longer products and less attention over earlier chunks. When the cache is full the
 newest sequence gives its blocks back and starts again later (its tokens are kept, only keys and values are recomputed).
 """
 
@@ -37,8 +38,11 @@ class Scheduled:
 class Scheduler:
     """Queues `waiting` and `running`, both in order of arrival: first come, first served, also after preemption."""
 
-    def __init__(self, pool: BlockPool, *, max_batch: int, max_step_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, *, max_batch: int, max_step_tokens: int, max_prefill_tokens: int | None = None
+    ) -> None:
         assert max_step_tokens >= max_batch, "every decoding sequence must fit into a step"
+        self.max_prefill_tokens = max(max_prefill_tokens or 0, max_step_tokens)
         self.pool = pool
         self.max_batch, self.max_step_tokens = max_batch, max_step_tokens
         self.waiting: list[Sequence] = []
@@ -58,8 +62,8 @@ class Scheduler:
 
     def _fill_step(self) -> list[Scheduled]:
         plan: dict[Sequence, int] = {}  # insertion order: decodes, then prefills
-        budget = self.max_step_tokens
         decodes = [s for s in self.running if s.remaining == 1]
+        budget = self.max_step_tokens if decodes else self.max_prefill_tokens
         prefills = [s for s in self.running if s.remaining > 1]
         for sequence in decodes + prefills:
             if sequence in self.running:  # else preempted a moment ago
