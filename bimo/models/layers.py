@@ -29,7 +29,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # one pass, no float32 copy of x
+        scale = (norm.square() / x.shape[-1] + self.eps).rsqrt()
+        return (x * scale).to(x.dtype) * self.weight
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:
