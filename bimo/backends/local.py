@@ -216,11 +216,11 @@ class LocalBackend:
         tidied = 0  # steps
         while not self._closed:
             try:
-                if self.engine.stats.steps - tidied >= (TIDY_STEPS if self.engine.has_work else 1):
+                if self.engine.stats.steps - tidied >= TIDY_STEPS:
                     tidied = self.engine.stats.steps
                     return_free_memory()
                 if not self.engine.has_work:
-                    self._commands.get()()
+                    self._next_command()()
                 while not self._commands.empty():
                     self._commands.get()()
                 if self.engine.has_work:
@@ -230,6 +230,14 @@ class LocalBackend:
                 self._hand_out(self.engine.fail(f"the engine failed: {error}"))
         for request_id in list(self._sinks):
             self._hand_out(self.engine.abort(request_id))
+
+    def _next_command(self) -> Callable[[], None]:
+        """Wait for a command; after a quiet second give freed memory back (the next step has to ask for it again)."""
+        try:
+            return self._commands.get(timeout=1)
+        except queue.Empty:
+            return_free_memory()
+            return self._commands.get()
 
     def _add(self, request: Request) -> None:
         try:

@@ -2,8 +2,9 @@
 
 One step computes at most `max_step_tokens` tokens: first one token of every sequence that is decoding, then, with what
 is left, chunks of prompts, oldest first; so a long prompt never stops the others' streams. While nobody streams, steps
-may be larger (`max_prefill_tokens`): fewer, longer products and less attention over earlier chunks. When the cache is full the
-newest sequence gives its blocks back and starts again later (its tokens are kept, only keys and values are recomputed).
+may be larger (`max_prefill_tokens`): fewer, longer products and less attention over earlier chunks. When the cache is
+full the newest sequence gives its blocks back and starts again later: its tokens are kept, only keys and values are
+recomputed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The real default model, float32: 64 greedy tokens equal transformers' on 20 prompts, English, Chinese, code, emoji."""
+"""The real default model in float32: 64 greedy tokens equal transformers' on 20 prompts (en, zh, code, emoji)."""
 
 from __future__ import annotations
 
