@@ -28,12 +28,12 @@ PINS := pyproject.toml constraints.txt
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
-setup: $(VENV)/.installed ## make .venv and install bimo with the pinned packages
+setup: $(VENV)/.installed $(VENV)/.kernels ## make .venv and install bimo with the pinned packages
 
 run: setup ## fetch the model (once), start the server, print the address of the chat page
 	@$(BIN)/bimo serve $(MODEL) --host $(HOST) --port $(PORT) || test $$? -eq 130 # Ctrl-C is how it ends
 
-test: $(VENV)/.installed-test chromium model ## set up what the tests need, and run all of them (WORKERS, TESTS)
+test: $(VENV)/.installed-test $(VENV)/.kernels chromium model ## set up what the tests need, and run all of them (WORKERS, TESTS)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 check: $(VENV)/.installed-dev ## ruff, mypy, architecture
@@ -41,7 +41,7 @@ check: $(VENV)/.installed-dev ## ruff, mypy, architecture
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-bench: $(VENV)/.installed-bench ## measure bimo and its peers on this machine, printed as ratios
+bench: $(VENV)/.installed-bench $(VENV)/.kernels ## measure bimo and its peers on this machine, printed as ratios
 	$(BIN)/python -m benchmarks.run
 
 docs: $(VENV)/.installed ## write the generated pages of docs/
@@ -65,6 +65,15 @@ $(VENV)/.created: constraints.txt
 $(VENV)/.installed: $(VENV)/.created $(PINS)
 	@echo "installing bimo and the packages of constraints.txt (some minutes the first time)"
 	@$(PIP_INSTALL) --build-constraint constraints.txt -e .
+	@touch $@
+
+# The C++ kernels make generation faster; without a compiler bimo runs on plain torch.
+$(VENV)/.kernels: $(VENV)/.installed $(wildcard kernels/* kernels/src/* kernels/bimo_kernels/*.py)
+	@if command -v c++ >/dev/null || command -v g++ >/dev/null; then \
+	  echo "building the C++ kernels"; \
+	  $(PIP_INSTALL) --quiet --no-deps --build-constraint constraints.txt ./kernels \
+	  || echo "warning: the C++ kernels could not be built, bimo runs without them, slower; the compiler's words stand above" >&2; \
+	else echo "note: no C++ compiler, so bimo runs without its kernels, slower; mend: apt-get install g++, then make setup" >&2; fi
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed

@@ -27,6 +27,7 @@ __all__ = [
     "choose_dtype",
     "cpu_info",
     "cpu_threads",
+    "kernels_wanted",
     "return_free_memory",
     "seed_all",
     "tame_openmp",
@@ -45,6 +46,11 @@ def cache_home() -> Path:
 def api_key() -> str | None:
     """The server's bearer key from $BIMO_API_KEY, if set."""
     return os.environ.get("BIMO_API_KEY") or None
+
+
+def kernels_wanted() -> bool:
+    """Whether the C++ kernels may be used: unless $BIMO_KERNELS is 0."""
+    return os.environ.get("BIMO_KERNELS") != "0"
 
 
 @dataclass(frozen=True)

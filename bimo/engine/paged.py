@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bimo.engine.kernels import attention_kernels
 from bimo.engine.scheduler import Scheduled
 from bimo.models.attention import causal_mask
 from bimo.models.config import DecoderConfig
@@ -92,6 +93,7 @@ class StepAttention:
         decodes = [w for w in plan if w.count == 1]
         assert plan[: len(decodes)] == decodes, "single tokens come first"
         self.num_decodes = len(decodes)
+        self.kernels = attention_kernels(dtype, self.device, config.head_dim)
         if decodes:
             self._prepare_decodes(decodes, windows, dtype)
         self.chunks: list[_Chunk] = []
@@ -105,6 +107,9 @@ class StepAttention:
         lengths = torch.tensor([w.start + 1 for w in decodes], device=self.device)
         width = -(-int(lengths.max()) // size)  # blocks of the longest
         table = torch.tensor([w.sequence.blocks[:width] + [0] * (width - len(w.sequence.blocks)) for w in decodes])
+        self.table, self.lengths = table, lengths
+        if self.kernels is not None:
+            return  # they read the blocks where they are
         heads = torch.arange(num_kv)[:, None, None] * pool_blocks
         self.gather = (heads + table).flatten().to(self.device)  # rows of the pool seen as (K * num_blocks, size * E)
         distance = lengths[:, None] - 1 - torch.arange(width * size, device=self.device)  # (S, length)
@@ -134,16 +139,13 @@ class StepAttention:
         """q (1, T, H, E), k and v (1, T, K, E) -> (1, T, H, E); stores k and v first."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (K, slots, E)
         num_tokens = len(self.slots)  # rows after these are padding
-        q, k, v = q[0], k[0, :num_tokens].transpose(0, 1), v[0, :num_tokens].transpose(0, 1)
-        if self.run is not None:  # fresh blocks lie in order: a plain copy is three times as fast
-            keys[:, self.run] = k
-            values[:, self.run] = v
-        else:
-            keys.index_copy_(1, self.slots, k)
-            values.index_copy_(1, self.slots, v)
+        q, k, v = q[0], k[0, :num_tokens], v[0, :num_tokens]
+        self._store(k, keys)
+        self._store(v, values)
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
         parts = []
         if self.num_decodes:
-            parts.append(self._decode(q[: self.num_decodes], keys, values, scale, self.decode_masks[window]))
+            parts.append(self._decode(q[: self.num_decodes], keys, values, scale, window))
         for chunk in self.chunks:
             if chunk.slots is None:
                 context = k[:, chunk.rows], v[:, chunk.rows]
@@ -154,12 +156,27 @@ class StepAttention:
             parts.append(q.new_zeros((len(q) - num_tokens, *q.shape[1:])))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
-    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor) -> Tensor:
-        """One query token a sequence, q (S, H, E) -> (S, H, E).
+    def _store(self, rows: Tensor, pool: Tensor) -> None:
+        """Put a step's keys or values (T, K, E) into their slots of a pool (K, slots, E)."""
+        if self.kernels is not None and rows.stride()[1:] == (rows.shape[2], 1):
+            self.kernels.store(rows, self.slots, pool)
+        elif self.run is not None:  # fresh blocks lie in order: a plain copy is three times as fast
+            pool[:, self.run] = rows.transpose(0, 1)
+        else:
+            pool.index_copy_(1, self.slots, rows.transpose(0, 1))
 
-        Query heads that share a key head become the rows of one small attention (K * S of them, H / K rows each):
+    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+        """One query token a sequence, q (S, H, E) -> (S, H, E): by the C++ kernel where there is one, else by SDPA.
+
+        For SDPA the blocks are gathered. Query heads that share a key head become the rows of one small attention (K * S of them, H / K rows each):
         keys are read once for the group, and no head is repeated.
         """
+        if self.kernels is not None:
+            size = self.cache.block_size
+            return self.kernels.decode_attention(
+                q, keys, values, self.table, self.lengths, block_size=size, scale=scale, window=window
+            )
+        mask = self.decode_masks[window]
         num_kv, _, head_dim = keys.shape
         num_sequences, row_size = len(q), self.cache.block_size * head_dim
         k = keys.view(-1, row_size).index_select(0, self.gather).view(num_kv * num_sequences, 1, -1, head_dim)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from bimo.engine.request import Request, SamplingParams
-from bimo.engine.sampling import choose_tokens, distribution, process_logits, token_logprobs
+from bimo.engine.sampling import choose_tokens, distribution, most_likely, process_logits, token_logprobs
 from bimo.engine.sequence import Sequence
 from bimo.errors import UsageError
 
@@ -147,6 +147,18 @@ def test_extreme_draws_stay_among_the_kept() -> None:
 def test_greedy_takes_the_most_likely() -> None:
     logits = make_logits(3)
     assert choose_tokens(logits, [make_sequence(temperature=0)] * 3) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("num_vocab", [100, 257, 4096, 3000])
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_most_likely_equals_torch(num_vocab, count) -> None:
+    logits = torch.randn(5, num_vocab, generator=torch.Generator().manual_seed(1))
+    logits[1], logits[2, 7] = -torch.inf, torch.inf
+    logits[1, 3] = 0.0
+    found = most_likely(logits, count)
+    assert torch.equal(logits.gather(1, found), logits.topk(count, dim=-1).values)
+    ties = torch.zeros(2, 4096)
+    assert most_likely(ties, 1).tolist() == [[0], [0]]
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.3])
