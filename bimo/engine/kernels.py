@@ -1,4 +1,4 @@
-"""The optional C++ loops (`kernels/`, package bimo-kernels), where they were built and fit; else None, and torch does it.
+"""The optional C++ loops (`kernels/`, package bimo-kernels), where they were built and fit; else torch does it.
 
 `$BIMO_KERNELS=0` switches them off: the same tests pass on both.
 """

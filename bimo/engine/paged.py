@@ -168,8 +168,8 @@ class StepAttention:
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
         """One query token a sequence, q (S, H, E) -> (S, H, E): by the C++ kernel where there is one, else by SDPA.
 
-        For SDPA the blocks are gathered. Query heads that share a key head become the rows of one small attention (K * S of them, H / K rows each):
-        keys are read once for the group, and no head is repeated.
+        For SDPA the blocks are gathered. Query heads that share a key head become the rows of one small attention
+        (K * S of them, H / K rows each): keys are read once for the group, and no head is repeated.
         """
         if self.kernels is not None:
             size = self.cache.block_size

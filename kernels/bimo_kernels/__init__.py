@@ -65,7 +65,8 @@ def store(rows: Tensor, slots: Tensor, pool: Tensor) -> None:
     assert slots.dtype == torch.int64 and slots.is_contiguous() and len(slots) == len(rows)
     size = rows.element_size()
     _kernels.store_rows(
-        rows.data_ptr(), slots.data_ptr(), pool.data_ptr(), len(rows), num_kv, rows.stride(0) * size, dim * size, num_slots
+        rows.data_ptr(), slots.data_ptr(), pool.data_ptr(), len(rows), num_kv, rows.stride(0) * size, dim * size,
+        num_slots,
     )  # fmt: skip
 
 
