@@ -34,7 +34,7 @@ __all__ = ["LocalBackend", "load_decoder"]
 
 BLOCK_SIZE = 16  # tokens a cache block; smaller shares more of a prefix, larger gathers faster
 KV_CACHE_BYTES = 192 << 20  # default size of the KV cache, if that much memory is free
-TIDY_STEPS = 256  # the allocator keeps up to 170 MB of a step's temporaries; giving them back takes milliseconds
+TIDY_STEPS = 64  # the allocator keeps up to 170 MB of a step's temporaries; giving them back takes milliseconds
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # stage, done, total

@@ -14,6 +14,7 @@ from bimo.engine.sequence import Sequence
 
 __all__ = ["choose_tokens", "distribution", "most_likely", "process_logits", "token_logprobs"]
 
+_DRAWN_AT_ONCE = 8  # rows; whole vocabularies in float64 take 125 MB for 64 rows
 _SORTED_AT_FIRST = 1024  # candidates tried before a whole vocabulary is sorted: enough for top_p of most texts
 
 
@@ -83,8 +84,12 @@ def choose_tokens(logits: Tensor, sequences: list[Sequence]) -> list[int]:
         if kind == "greedy":
             tokens = most_likely(part, 1)[:, 0].tolist()
         else:
-            uniforms = [sequences[i].rng.random() for i in rows]
-            tokens = _draw(part, [sequences[i].sampling for i in rows], uniforms)
+            tokens = []
+            for start in range(0, len(rows), _DRAWN_AT_ONCE):
+                some = [sequences[i] for i in rows[start : start + _DRAWN_AT_ONCE]]
+                uniforms = [sequence.rng.random() for sequence in some]
+                scores = part[start : start + _DRAWN_AT_ONCE]
+                tokens += _draw(scores, [sequence.sampling for sequence in some], uniforms)
         for i, token in zip(rows, tokens, strict=True):
             chosen[i] = token
     return chosen
@@ -111,10 +116,10 @@ def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -
     """Inverse of the cumulative distribution at `uniforms`: one number decides, so a seed gives the same tokens."""
     probabilities, tokens = distribution(logits, params)
     cumulative = probabilities.double().cumsum(dim=-1)
-    targets = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    total = cumulative[:, -1:]
+    targets = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
+    targets = torch.minimum(targets, torch.nextafter(total, torch.zeros_like(total)))  # rounding must not pass the end
     place = torch.searchsorted(cumulative, targets, right=True)  # first place whose cumulative exceeds the target
-    last = (probabilities > 0).double().cumsum(dim=-1).argmax(dim=-1, keepdim=True)  # rounding must not pass the end
-    place = torch.minimum(place, last)
     return (place if tokens is None else tokens.gather(1, place)).flatten().tolist()
 
 
