@@ -58,12 +58,13 @@ def test_store_puts_rows_into_their_slots(dtype) -> None:
 @needs_kernels
 @pytest.mark.parametrize("rows", [1, 3, 700])
 def test_rms_norm_equals_the_plain_one(rows) -> None:
+    torch.manual_seed(0)
     norm = RMSNorm(576, 1e-5).bfloat16()
     norm.weight.data.normal_(1, 0.3)
     x = (torch.randn(1, rows, 576) * 5).bfloat16()
     x[0, 0] = 0
     found = kernels.rms_norm(x, norm.weight.detach(), norm.eps)
-    torch.testing.assert_close(found, norm(x).detach(), atol=0, rtol=0.008)  # at most one last bit
+    torch.testing.assert_close(found, norm(x).detach(), atol=0, rtol=0.016)  # the last bit of each of two roundings
 
 
 @needs_kernels
