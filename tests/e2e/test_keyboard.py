@@ -110,6 +110,7 @@ def test_the_settings_keep_the_focus_and_hand_it_back(open_page: OpenPage) -> No
     page = open_page()
     page.get_by_role("button", name="Settings").focus()
     page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
     for _ in range(40):
         page.keyboard.press("Tab")
         inside = page.evaluate("document.activeElement === document.body || !!document.activeElement.closest('dialog')")
