@@ -228,6 +228,8 @@ class LocalBackend:
             except Exception as error:  # whatever it was, those who wait must hear of it
                 log.exception("a step of the engine failed")
                 self._hand_out(self.engine.fail(f"the engine failed: {error}"))
+        while not self._commands.empty():  # requests submitted a moment before the end must hear of it too
+            self._commands.get()()
         for request_id in list(self._sinks):
             self._hand_out(self.engine.abort(request_id))
 

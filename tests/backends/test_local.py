@@ -136,6 +136,29 @@ def test_closing_ends_what_runs(backend) -> None:
         backend.submit(make_request(), sink)
 
 
+def test_closing_ends_what_was_not_even_started(backend, monkeypatch) -> None:
+    """Requests that arrive while a step is under way, the last before closing, are told as well."""
+    outputs: list[Output] = []
+    real, under_way, go_on = backend.engine.step, threading.Event(), threading.Event()
+
+    def slow_step() -> list[Output]:
+        under_way.set()
+        go_on.wait(30)
+        return real()
+
+    monkeypatch.setattr(backend.engine, "step", slow_step)
+    backend.submit(make_request(max_tokens=400), lambda _: None)
+    assert under_way.wait(30)
+    backend.submit(make_request(1), outputs.append)
+    closing = threading.Thread(target=backend.close)
+    closing.start()
+    while not backend._closed:
+        pass
+    go_on.set()
+    closing.join(30)
+    assert [output.finish_reason for output in outputs] == ["abort"]
+
+
 def test_memory_asked_for_beyond_the_machine_is_refused_with_numbers(tiny_model_dir) -> None:
     with pytest.raises(UsageError, match=r"needs \d+ MB, \d+ MB are free"):
         LocalBackend.load(str(tiny_model_dir), kv_cache_tokens=1 << 40)
