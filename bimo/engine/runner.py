@@ -57,6 +57,7 @@ class ModelRunner:
         self.model = model.eval()
         weight = model.embed_tokens.weight
         self.cache = PagedCache(model.config, num_blocks, block_size, weight.dtype, weight.device)
+        self.step_attention = getattr(model, "step_attention", StepAttention)  # a fused model brings its own
 
     @torch.inference_mode()
     def run(self, plan: list[Scheduled], copies: list[tuple[int, int]]) -> StepResult:
@@ -76,7 +77,7 @@ class ModelRunner:
         hidden = self.model(
             torch.tensor([token_ids + padding], device=device),
             torch.tensor([positions + padding], device=device),
-            StepAttention(self.cache, plan),
+            self.step_attention(self.cache, plan),
         )[0]  # (T, D)
         prompt_hidden: dict[Sequence, Tensor] = {}
         for work, end in zip(plan, ends, strict=True):
