@@ -116,7 +116,8 @@ def test_a_terminal_without_chinese(tiny_model_dir: Path) -> None:
 def test_ctrl_c_ends_cleanly(tiny_model_dir: Path) -> None:
     """An endless answer (the model is asked again and again) is stopped with one SIGINT."""
     script = (
-        "import sys; from pathlib import Path; from bimo.backends.facade import Model\n"
+        "import signal, sys; from pathlib import Path; from bimo.backends.facade import Model\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit it ignored
         "once = Model.stream\n"
         "def forever(self, prompt, **sampling):\n"
         "    while True: yield from once(self, prompt, **sampling)\n"

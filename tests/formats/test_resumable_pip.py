@@ -97,9 +97,10 @@ def index(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch)
 
 def start() -> subprocess.Popen[bytes]:
     code = """
-        import os
+        import os, signal
         from bimo.formats.hub import resolve
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
         resolve("pypi:big==1.0")
     """
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.DEVNULL)
