@@ -23,7 +23,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c const
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench docs clean distclean chromium model
+.PHONY: help setup run test check bench sanitize docs clean distclean chromium model
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -43,6 +43,12 @@ check: $(VENV)/.installed-dev ## ruff, mypy, architecture
 
 bench: $(VENV)/.installed-bench $(VENV)/.kernels ## measure bimo and its peers on this machine, printed as ratios
 	$(BIN)/python -m benchmarks.run
+
+sanitize: $(VENV)/.installed-test ## build the kernels with address and undefined-behaviour sanitizers, and run their tests
+	$(PIP_INSTALL) --quiet --no-deps --build-constraint constraints.txt --target build/sanitized --upgrade \
+	  --config-settings=cmake.define.BIMO_SANITIZE=ON --config-settings=build-dir=build/sanitize ./kernels
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/sanitized $(BIN)/python -m pytest -p no:xdist --timeout 1800 tests/engine/test_fused.py tests/engine/test_kernels.py
 
 docs: $(VENV)/.installed ## write the generated pages of docs/
 	$(BIN)/python docs/generate_cli.py

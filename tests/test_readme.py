@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [("README.md", "README.zh.md")] + [
-    (f"docs/en/{name}.md", f"docs/zh/{name}.md") for name in ("index", "models", "python", "server")
+    (f"docs/en/{name}.md", f"docs/zh/{name}.md") for name in ("index", "models", "python", "server", "speed")
 ]
 BLOCK = re.compile(r"(<!-- run(?:: server)? -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 TAGGED = re.compile(r"<!-- run(: server)? -->\n```(\w+)\n(.*?)```", re.DOTALL)
@@ -166,7 +166,7 @@ def test_commands_exist(name: str) -> None:
     known |= {option for command in commands.values() for p in command.params for option in p.secondary_opts}
     # pip's and curl's own options are not ours
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
-        assert option in known | {"--debug", "--extra-index-url"}, option
+        assert option in known | {"--debug", "--extra-index-url", "--no-deps", "--wheel-dir"}, option
 
 
 def test_the_help_page_is_up_to_date() -> None:

@@ -27,9 +27,11 @@ class BackendInfo:
     num_parameters: int
     context_length: int
     vocab_size: int
-    dtype: str  # "float32" | "bfloat16" | ...
+    dtype: str  # what is computed with, for people: "int8", "bfloat16", "the file's own bits", ...
     device: str
     kv_cache_tokens: int
+    quant: str = "none"  # "int8" | "int4" | "file" | "none"
+    cache_dtype: str = ""  # of keys and values
     created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
 
 
@@ -44,6 +46,8 @@ class BackendStats:
     generation_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0  # guessed by speculation
+    accepted_tokens: int = 0  # of these, found true
     kv_used_tokens: int = 0
     kv_total_tokens: int = 0
 

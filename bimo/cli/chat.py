@@ -103,6 +103,10 @@ def chat(
     stop: options.Stop = None,
     truncate: options.Truncate = False,
     dtype: options.Dtype = None,
+    quant: options.Quant = None,
+    kv_cache_dtype: options.KvCacheDtype = None,
+    speculation: options.Speculation = None,
+    draft_model: options.DraftModel = None,
 ) -> None:
     """Chat with a model in the terminal."""
     conversation = Conversation(options.checked_text(system, "system") if system else None)
@@ -121,7 +125,14 @@ def chat(
     import bimo
 
     with progress_display() as progress:
-        loaded = bimo.load(model, dtype=dtype, progress=progress)
+        loaded = bimo.load(
+            model,
+            dtype=dtype,
+            quant=quant,
+            kv_cache_dtype=kv_cache_dtype,
+            progress=progress,
+            **options.given(speculation=speculation, draft_model=draft_model),
+        )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     say: Callable[[str], None] = typer.echo if interactive else lambda text: typer.echo(text, err=True)
     if interactive:

@@ -103,12 +103,28 @@ def _processor() -> list[Check]:
     checks = [
         Check("processor", f"{cpu.name}, {runtime.cpu_threads()} cores for this process"),
         Check("instructions", " ".join(known) or "not told by this system"),
+        _weights(),
     ]
     if cpu.fast_bfloat16:
-        checks.append(Check("number type", "bfloat16: this processor multiplies it in hardware (--dtype overrides)"))
+        checks.append(Check("number type", "without --quant bfloat16: this processor multiplies it in hardware"))
     else:
-        checks.append(Check("number type", "float32: this processor has no bfloat16 arithmetic (--dtype overrides)"))
+        checks.append(Check("number type", "without --quant float32: this processor has no bfloat16 arithmetic"))
     return checks
+
+
+def _weights() -> Check:
+    """What weights are computed with unless --quant or --dtype says otherwise, and why."""
+    try:
+        import bimo_kernels
+    except ImportError as error:
+        mend = "run `make setup` with a C++ compiler (apt-get install g++)"
+        if importlib.util.find_spec("bimo_kernels") is not None:
+            mend = f"they do not load here ({error}): build them again with `make setup`"
+        return Check("weights", "none quantised: the kernels that make int8 fast are not built", mend)
+    if not runtime.kernels_wanted():
+        return Check("weights", "none quantised: BIMO_KERNELS=0 switches the kernels off")
+    best = bimo_kernels.instruction_sets()[0]
+    return Check("weights", f"int8 by {best} kernels: the fastest within 1 % of float32's perplexity (--quant)")
 
 
 def _memory() -> Check:

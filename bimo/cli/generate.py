@@ -52,6 +52,10 @@ def generate(
     ] = None,
     truncate: options.Truncate = False,
     dtype: options.Dtype = None,
+    quant: options.Quant = None,
+    kv_cache_dtype: options.KvCacheDtype = None,
+    speculation: options.Speculation = None,
+    draft_model: options.DraftModel = None,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes; the default on a terminal.")
     ] = None,
@@ -107,7 +111,14 @@ def generate(
     import bimo
 
     with progress_display() as progress:
-        loaded = bimo.load(model, dtype=dtype, progress=progress)
+        loaded = bimo.load(
+            model,
+            dtype=dtype,
+            quant=quant,
+            kv_cache_dtype=kv_cache_dtype,
+            progress=progress,
+            **options.given(speculation=speculation, draft_model=draft_model),
+        )
     try:
         if stream or (stream is None and not several and not as_json and sys.stdout.isatty()):
             for piece in loaded.stream(messages if as_chat else prompt, **sampling):

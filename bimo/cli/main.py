@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from bimo.cli import bench, chat, convert, doctor, generate, models, serve
+from bimo.cli.eval import evaluate
 from bimo.errors import BimoError, UsageError
 
 __all__ = ["app", "main"]
@@ -35,6 +36,7 @@ app.command()(models.models)
 app.command()(convert.convert)
 app.command()(doctor.doctor)
 app.command()(bench.bench)
+app.command("eval")(evaluate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,15 +14,19 @@ from bimo.errors import UsageError
 
 __all__ = [
     "BestOf",
+    "DraftModel",
     "Dtype",
     "FrequencyPenalty",
+    "KvCacheDtype",
     "MaxTokens",
     "MinP",
     "MinTokens",
     "ModelArgument",
     "PresencePenalty",
+    "Quant",
     "RepetitionPenalty",
     "Seed",
+    "Speculation",
     "Stop",
     "Temperature",
     "TopK",
@@ -41,6 +45,16 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Dtype = Annotated[
     str | None, typer.Option(help="auto, float32, bfloat16 or float16; auto is what this processor does fast.")
 ]
+Quant = Annotated[
+    str | None, typer.Option(help="int8, int4, file (as the GGUF file has them) or none; default: what is fastest.")
+]
+Speculation = Annotated[
+    str | None, typer.Option(help="ngram: guess next tokens from the text so far, verified; off: one token a step.")
+]
+DraftModel = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="A smaller model of the same vocabulary that guesses instead.")
+]
+KvCacheDtype = Annotated[str | None, typer.Option(help="int8: half the memory for keys and values.")]
 MinTokens = Annotated[int | None, typer.Option(help="No end before this many new tokens.")]
 MaxTokens = Annotated[int | None, typer.Option(help="At most this many new tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0: always the most likely token; higher: more varied.")]

@@ -35,11 +35,21 @@ def serve(
         list[str] | None, typer.Option(metavar="ORIGIN", help="Web page allowed to call the API; may be repeated.")
     ] = None,
     dtype: options.Dtype = None,
+    quant: options.Quant = None,
+    kv_cache_dtype: options.KvCacheDtype = None,
+    speculation: options.Speculation = None,
+    draft_model: options.DraftModel = None,
 ) -> None:
     """Serve the chat page and the OpenAI-compatible API."""
     from bimo.serving.app import serve as run
 
-    limits = options.given(max_batch=max_batch, kv_cache_tokens=kv_cache_tokens, context_length=context_length)
+    limits = options.given(
+        speculation=speculation,
+        draft_model=draft_model,
+        max_batch=max_batch,
+        kv_cache_tokens=kv_cache_tokens,
+        context_length=context_length,
+    )
     settings = options.given(
         model_name=model_name, max_queue=max_queue, allowed_hosts=allowed_host, cors_origins=cors_origin
     )
@@ -48,7 +58,9 @@ def serve(
         from bimo.backends.local import LocalBackend
 
         with progress_display() as progress:
-            return LocalBackend.load(model, dtype=dtype, progress=progress, **limits)
+            return LocalBackend.load(
+                model, dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype, progress=progress, **limits
+            )
 
     def ready(address: str) -> None:
         typer.echo(f"{model} is ready: chat at {address}, OpenAI-compatible API at {address}/v1 (Ctrl-C stops)")

@@ -14,18 +14,22 @@ from __future__ import annotations
 import random
 import secrets
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import Literal
 
 from bimo.engine.cache import BlockPool
+from bimo.engine.drafting import DraftModelProposer
+from bimo.engine.fused import FusedDecoder
 from bimo.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
 from bimo.engine.runner import ModelRunner, StepResult
-from bimo.engine.sampling import choose_tokens, process_logits, token_logprobs
+from bimo.engine.sampling import token_logprobs
 from bimo.engine.scheduler import Scheduled, Scheduler
 from bimo.engine.search import BeamSearch, Child, ContrastiveSearch, Hypothesis
 from bimo.engine.sequence import Gang, Sequence
+from bimo.engine.speculation import NgramProposer, Speculation
 from bimo.engine.stopping import finish_text, stop_reason_of, update_after_token, would_end
+from bimo.engine.verify import Turn, choose, turns_of
 from bimo.errors import ContextLengthError, UsageError
+from bimo.models.decoder import Decoder
 from bimo.tokenizer.load import Tokenizer
 from bimo.tokenizer.stream import TextStream
 
@@ -36,12 +40,18 @@ _SCORED_AT_ONCE = 64  # prompt positions; a vocabulary of 49,152 in float32 take
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Limits of one engine; all count tokens, except max_batch, which counts sequences."""
+    """Limits of one engine; all numbers count tokens, except max_batch, which counts sequences."""
 
     context_length: int  # prompt and answer together
     max_batch: int = 64
     max_step_tokens: int = 512  # larger: faster prefill, longer pauses for those who are streaming
     max_prefill_tokens: int = 1024  # the same while nobody is streaming
+    speculation: Literal["ngram", "off"] = "ngram"  # drafts from the text so far; a draft model takes its place
+    max_draft_rows: int = 16  # a lone sequence's step is filled with drafts up to so many tokens, others up to half
+
+    def __post_init__(self) -> None:
+        if self.speculation not in ("ngram", "off"):
+            raise UsageError(f'speculation is "ngram" or "off", not {self.speculation!r}', "speculation")
 
 
 @dataclass(slots=True)
@@ -52,6 +62,8 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generation_tokens: int = 0
+    drafted_tokens: int = 0  # verified in a step of their own sequence
+    accepted_tokens: int = 0  # of these, found true
 
 
 @dataclass(eq=False, slots=True)
@@ -69,7 +81,14 @@ class _Live:
 class Engine:
     """Requests, their sequences, the scheduler and the runner."""
 
-    def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        draft_model: Decoder | FusedDecoder | None = None,
+    ) -> None:
+        """`draft_model` is a smaller decoder of the same vocabulary (see drafting.py), to be used for speculation."""
         self.runner, self.tokenizer, self.config = runner, tokenizer, config
         self.pool = BlockPool(runner.cache.num_blocks, runner.cache.block_size)
         self.scheduler = Scheduler(
@@ -78,6 +97,15 @@ class Engine:
             max_step_tokens=config.max_step_tokens,
             max_prefill_tokens=config.max_prefill_tokens,
         )
+        self.speculation: Speculation | None = None
+        if config.speculation != "off":
+            proposer = DraftModelProposer(draft_model, runner) if draft_model else NgramProposer()
+            max_rows = min(config.max_draft_rows, config.max_step_tokens)
+            self.speculation = Speculation(proposer, self.scheduler.reserve, max_rows)
+        elif draft_model:
+            raise UsageError(
+                "a draft model has no effect while speculation is off: leave one of them out", "speculation"
+            )
         # A lone sequence must always fit, or it would wait for ever.
         self.context_length = min(config.context_length, self.pool.num_blocks * self.pool.block_size)
         self.stats = EngineStats()
@@ -156,6 +184,8 @@ class Engine:
     def step(self) -> list[Output]:
         """Compute one batch and return what became known. The engine's whole life is this method."""
         plan = self.scheduler.schedule()
+        if self.speculation:
+            plan = self.speculation.extend(plan)
         result = self.runner.run(plan, self._copies)
         self._copies = []
         self.scheduler.complete(plan)
@@ -249,24 +279,23 @@ class Engine:
                 sequence.prompt_logprobs += token_logprobs(logits, part, [top] * len(part))
 
     def _sample(self, result: StepResult) -> list[Output]:
-        """Choose the next token of every sequence that is not part of a search."""
-        outputs = self._ask_constraints(result.sequences)
-        rows = [i for i, s in enumerate(result.sequences) if s.gang is None and s.finish_reason is None]
-        if not rows:
-            return outputs
-        sequences = [result.sequences[i] for i in rows]
-        raw = result.logits if len(rows) == len(result.sequences) else result.logits[rows]
-        tokens = choose_tokens(process_logits(raw, sequences), sequences)
-        self._note_logprobs(raw, tokens, sequences)
-        for sequence, token in zip(sequences, tokens, strict=True):
-            if sequence.finish_reason is None:  # else its request failed a moment ago
-                outputs += self._append(sequence, token)
+        """Choose the next tokens of every sequence that is not part of a search."""
+        outputs: list[Output] = []
+        turns = turns_of(result)
+        while turns:
+            outputs += self._ask_constraints(turns)
+            turns = [turn for turn in turns if turn.sequence.finish_reason is None]
+            choose(turns, result.logits)
+            for turn in turns:
+                if turn.sequence.finish_reason is None:  # else its request failed a moment ago
+                    outputs += self._append(turn)
+            turns = [turn for turn in turns if not turn.done]
         return outputs
 
-    def _ask_constraints(self, sequences: list[Sequence]) -> list[Output]:
+    def _ask_constraints(self, turns: list[Turn]) -> list[Output]:
         """Fetch each constraint's mask; one that fails (a grammar too complex) ends its own request only."""
         outputs: list[Output] = []
-        for sequence in sequences:
+        for sequence in [turn.sequence for turn in turns]:
             if sequence.constraint is not None and sequence.finish_reason is None:
                 try:
                     sequence.allowed_mask = sequence.constraint.allowed_mask()
@@ -274,27 +303,34 @@ class Engine:
                     outputs += self._end(self._live[sequence.request.request_id], "error", str(error))
         return outputs
 
-    def _note_logprobs(self, raw: Tensor, tokens: list[int], sequences: list[Sequence]) -> None:
-        wanted = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None or s.sampling.best_of]
-        if not wanted:
-            return
-        tops = [sequences[i].sampling.logprobs or 0 for i in wanted]
-        for i, found in zip(wanted, token_logprobs(raw[wanted], [tokens[i] for i in wanted], tops), strict=True):
-            sequences[i].sum_logprobs += found.logprob
-            sequences[i].logprobs.append(found)
+    def _append(self, turn: Turn) -> list[Output]:
+        """Append a turn's tokens, up to the one that ends the sequence; what there is to show when the turn is done."""
+        sequence = turn.sequence
+        for i, token in enumerate(turn.chosen):
+            try:
+                turn.text += update_after_token(sequence, token)
+            except Exception as error:  # of its constraint
+                return self._end(self._live[sequence.request.request_id], "error", str(error))
+            turn.tokens.append(token)
+            if turn.logprobs:
+                sequence.sum_logprobs += turn.logprobs[i].logprob
+                sequence.logprobs.append(turn.logprobs[i])
+            if sequence.finish_reason is not None:
+                turn.done = True
+                break
+        return self._show(turn) if turn.done else []
 
-    def _append(self, sequence: Sequence, token: int) -> list[Output]:
+    def _show(self, turn: Turn) -> list[Output]:
+        sequence, num_tokens = turn.sequence, len(turn.tokens)
         live = self._live[sequence.request.request_id]
-        try:
-            text = update_after_token(sequence, token)
-        except Exception as error:  # of its constraint
-            return self._end(live, "error", str(error))
-        self.stats.generation_tokens += 1
-        live.completion_tokens += 1
-        output = Output(live.request.request_id, sequence.index, text, [token])
+        self.stats.generation_tokens += num_tokens
+        live.completion_tokens += num_tokens
+        if turn.drafts:
+            self._note_drafts(turn)
+        output = Output(live.request.request_id, sequence.index, turn.text, turn.tokens)
         if sequence.sampling.logprobs is not None:
-            output.logprobs = sequence.logprobs[-1:]
-        if sequence.num_output == 1 and sequence.prompt_logprobs:
+            output.logprobs = sequence.logprobs[-num_tokens:]
+        if sequence.num_output == num_tokens and sequence.prompt_logprobs:
             output.prompt_logprobs = sequence.prompt_logprobs
         if sequence.finish_reason is not None:
             self.scheduler.finish(sequence)
@@ -306,6 +342,13 @@ class Engine:
         if live.num_done == len(live.sequences):
             output.usage = self._close(live)
         return [output]
+
+    def _note_drafts(self, turn: Turn) -> None:
+        assert turn.sequence.pace is not None
+        self.scheduler.settle(turn.sequence)
+        turn.sequence.pace.note(len(turn.drafts), turn.num_accepted)
+        self.stats.drafted_tokens += len(turn.drafts)
+        self.stats.accepted_tokens += turn.num_accepted
 
     def _rank(self, live: _Live) -> list[Output]:
         """best_of: the n sequences of highest mean log-probability, renumbered from the best."""
@@ -330,7 +373,7 @@ class Engine:
 
     def _advance_gangs(self, result: StepResult) -> list[Output]:
         outputs: list[Output] = []
-        place = {sequence: i for i, sequence in enumerate(result.sequences)}
+        place = result.first_rows
         for gang in {id(s.gang): s.gang for s in result.sequences if s.gang}.values():
             members = gang.members
             rows = [place[m] for m in members]  # the scheduler computes them together

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from types import ModuleType
 
@@ -12,7 +13,10 @@ import torch
 
 from bimo.runtime import kernels_wanted
 
-__all__ = ["attention_kernels", "load_kernels"]
+__all__ = ["INTERFACE", "attention_kernels", "load_kernels"]
+
+INTERFACE = 2  # raised with every change of what the package's functions take or give
+log = logging.getLogger(__name__)
 
 
 @lru_cache
@@ -23,6 +27,13 @@ def load_kernels() -> ModuleType | None:
     try:
         import bimo_kernels
     except ImportError:  # not built: no compiler at set-up
+        return None
+    if (found := getattr(bimo_kernels, "INTERFACE", 0)) != INTERFACE:
+        log.warning(
+            "the kernels package speaks interface %s, this bimo %s: it is not used; build it again with `make setup`",
+            found,
+            INTERFACE,
+        )
         return None
     return bimo_kernels
 

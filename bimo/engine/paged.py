@@ -24,7 +24,7 @@ from bimo.engine.scheduler import Scheduled
 from bimo.models.attention import causal_mask
 from bimo.models.config import DecoderConfig
 
-__all__ = ["PagedCache", "StepAttention"]
+__all__ = ["PagedCache", "StepAttention", "lazy_zeros"]
 
 
 class PagedCache:
@@ -36,8 +36,9 @@ class PagedCache:
     ) -> None:
         self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
         shape = (config.num_layers, config.num_kv_heads, num_blocks * block_size, config.head_dim)
-        self.keys = _lazy_zeros(shape, dtype).to(device)
-        self.values = _lazy_zeros(shape, dtype).to(device)
+        self.keys = lazy_zeros(shape, dtype).to(device)
+        self.values = lazy_zeros(shape, dtype).to(device)
+        self.pools: tuple[Tensor, ...] = (self.keys, self.values)  # (layers, K, slots, ...) each
 
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -52,11 +53,11 @@ class PagedCache:
         offsets = torch.arange(size)
         source = (torch.tensor([s for s, _ in copies])[:, None] * size + offsets).flatten()
         target = (torch.tensor([d for _, d in copies])[:, None] * size + offsets).flatten()
-        for pool in (self.keys, self.values):
+        for pool in self.pools:
             pool[:, :, target] = pool[:, :, source]
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros whose pages exist once written. torch.zeros would touch them all, and with huge pages (which NumPy asks
     for) the first token would too: it writes to every layer and head, each 2 MB apart."""
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)

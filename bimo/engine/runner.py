@@ -6,11 +6,15 @@ tokens that saves 512 of 513 rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bimo.engine.fused import FusedDecoder
 from bimo.engine.paged import PagedCache, StepAttention
 from bimo.engine.sampling import most_likely
 from bimo.engine.scheduler import Scheduled
@@ -39,25 +43,37 @@ def padded_rows(count: int) -> int:
 class StepResult:
     """What one step computed.
 
-    logits: (N, V) float32 for the N sequences that reached their last token, in `sequences` order.
-    hidden: (N, D) their last hidden states.
+    sequences: those that reached their last token.
+    drafts: for each of them the tokens that were computed beyond it.
+    logits: (R, V) float32, 1 + len(drafts) rows a sequence, in order: after its last token, and after each draft.
+    hidden: (R, D) the hidden states they come from.
     prompt_hidden: for sequences that asked for prompt_logprobs: (count, D), the computed chunk's hidden states.
     """
 
     sequences: list[Sequence]
+    drafts: list[tuple[int, ...]]
     logits: Tensor
     hidden: Tensor
     prompt_hidden: dict[Sequence, Tensor]
+
+    @property
+    def first_rows(self) -> dict[Sequence, int]:
+        """Each sequence's first row."""
+        rows = accumulate((1 + len(drafts) for drafts in self.drafts), initial=0)
+        return dict(zip(self.sequences, rows, strict=False))
 
 
 class ModelRunner:
     """The model and its cache memory."""
 
-    def __init__(self, model: Decoder, *, num_blocks: int, block_size: int) -> None:
+    def __init__(self, model: Decoder | FusedDecoder, *, num_blocks: int, block_size: int) -> None:
         self.model = model.eval()
-        weight = model.embed_tokens.weight
-        self.cache = PagedCache(model.config, num_blocks, block_size, weight.dtype, weight.device)
-        self.step_attention = getattr(model, "step_attention", StepAttention)  # a fused model brings its own
+        self.step_attention: Callable[[Any, list[Scheduled]], Any] = StepAttention
+        if isinstance(model, FusedDecoder):  # it keeps keys and values in an order of its own
+            self.cache, self.step_attention = model.make_cache(num_blocks, block_size), model.step_attention
+        else:
+            weight = model.embed_tokens.weight
+            self.cache = PagedCache(model.config, num_blocks, block_size, weight.dtype, weight.device)
 
     @torch.inference_mode()
     def run(self, plan: list[Scheduled], copies: list[tuple[int, int]]) -> StepResult:
@@ -70,7 +86,7 @@ class ModelRunner:
         ends: list[int] = []
         for work in plan:
             end = work.start + work.count
-            token_ids += work.sequence.token_ids[work.start : end]
+            token_ids += work.token_ids
             positions += range(work.start, end)
             ends.append(len(token_ids))
         padding = [0] * (padded_rows(len(token_ids)) - len(token_ids))
@@ -87,12 +103,14 @@ class ModelRunner:
                 sequence.hidden = rows if sequence.hidden is None else torch.cat((sequence.hidden, rows))
             if sequence.sampling.prompt_logprobs is not None and work.start < sequence.num_prompt:
                 prompt_hidden[sequence] = rows
-        last = [end - 1 for work, end in zip(plan, ends, strict=True) if work.is_last]
-        last += [0] * (padded_rows(len(last)) - len(last)) if last else []
-        hidden = hidden[torch.tensor(last, dtype=torch.long, device=device)]
-        logits = self.logits(hidden) if last else hidden.new_zeros(0, 0)
-        sequences = [work.sequence for work in plan if work.is_last]
-        return StepResult(sequences, logits[: len(sequences)], hidden[: len(sequences)], prompt_hidden)
+        scored = [row for work, end in zip(plan, ends, strict=True) for row in range(end - work.num_scored, end)]
+        count = len(scored)
+        scored += [0] * (padded_rows(count) - count) if scored else []
+        hidden = hidden[torch.tensor(scored, dtype=torch.long, device=device)]
+        logits = self.logits(hidden) if scored else hidden.new_zeros(0, 0)
+        reached = [work for work in plan if work.num_scored]
+        sequences, drafts = [work.sequence for work in reached], [work.drafts for work in reached]
+        return StepResult(sequences, drafts, logits[:count], hidden[:count], prompt_hidden)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -103,7 +121,7 @@ class ModelRunner:
         embeddings, where the plain weights are at hand.
         """
         logits = self.model.logits(hidden).float()
-        if hidden.dtype != torch.float32 and self.model.config.tied_embeddings:
+        if isinstance(self.model, Decoder) and hidden.dtype != torch.float32 and self.model.config.tied_embeddings:
             best = most_likely(logits, min(_RESCORED, logits.shape[-1]))  # (N, 16)
             weight = self.model.embed_tokens.weight[best].float()  # (N, 16, D)
             logits.scatter_(1, best, (weight @ hidden.float()[:, :, None])[:, :, 0])

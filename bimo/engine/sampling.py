@@ -12,7 +12,7 @@ from torch import Tensor
 from bimo.engine.request import SamplingParams, TokenLogprob
 from bimo.engine.sequence import Sequence
 
-__all__ = ["choose_tokens", "distribution", "most_likely", "process_logits", "token_logprobs"]
+__all__ = ["choose_tokens", "depends_on_output", "distribution", "most_likely", "process_logits", "token_logprobs"]
 
 _DRAWN_AT_ONCE = 8  # rows; whole vocabularies in float64 take 125 MB for 64 rows
 _SORTED_AT_FIRST = 1024  # candidates tried before a whole vocabulary is sorted: enough for top_p of most texts
@@ -33,10 +33,14 @@ def process_logits(logits: Tensor, sequences: list[Sequence]) -> Tensor:
 
 
 def _needs_processing(sequence: Sequence) -> bool:
+    return bool(sequence.sampling.logit_bias) or depends_on_output(sequence)
+
+
+def depends_on_output(sequence: Sequence) -> bool:
+    """Whether what may come next, or its score, depends on the tokens so far by more than the model."""
     p = sequence.sampling
     return bool(
         sequence.constraint is not None
-        or p.logit_bias
         or p.repetition_penalty != 1
         or p.presence_penalty
         or p.frequency_penalty
@@ -71,8 +75,9 @@ def _process_row(row: Tensor, sequence: Sequence) -> None:
             row[ends] = before  # the constraint allows nothing but the end: it comes first
 
 
-def choose_tokens(logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    """One token a row from processed logits (N, V). Rows are grouped by the work they need."""
+def choose_tokens(logits: Tensor, sequences: list[Sequence], draws: list[float] | None = None) -> list[int]:
+    """One token a row from processed logits (N, V). Rows are grouped by the work they need; a sequence may have
+    several. `draws` are the rows' uniform numbers, by default the next of each sequence's own."""
     groups: dict[str, list[int]] = {}
     for i, sequence in enumerate(sequences):
         p = sequence.sampling
@@ -86,10 +91,10 @@ def choose_tokens(logits: Tensor, sequences: list[Sequence]) -> list[int]:
         else:
             tokens = []
             for start in range(0, len(rows), _DRAWN_AT_ONCE):
-                some = [sequences[i] for i in rows[start : start + _DRAWN_AT_ONCE]]
-                uniforms = [sequence.rng.random() for sequence in some]
+                some = rows[start : start + _DRAWN_AT_ONCE]
+                uniforms = [sequences[i].draw() if draws is None else draws[i] for i in some]
                 scores = part[start : start + _DRAWN_AT_ONCE]
-                tokens += _draw(scores, [sequence.sampling for sequence in some], uniforms)
+                tokens += _draw(scores, [sequences[i].sampling for i in some], uniforms)
         for i, token in zip(rows, tokens, strict=True):
             chosen[i] = token
     return chosen

@@ -24,16 +24,24 @@ def _arrival(sequence: Sequence) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """Compute tokens [start, start + count) of a sequence in this step."""
+    """Compute tokens [start, start + count) of a sequence in this step; the last of them may be `drafts`."""
 
     sequence: Sequence
     start: int
     count: int
+    drafts: tuple[int, ...] = ()  # guesses at the tokens after the sequence's own (see speculation.py)
 
     @property
-    def is_last(self) -> bool:
-        """Whether this step reaches the sequence's last token, so that a next one can be chosen."""
-        return self.start + self.count == len(self.sequence.token_ids)
+    def token_ids(self) -> list[int]:
+        """The tokens to compute."""
+        own = self.sequence.token_ids[self.start : self.start + self.count]
+        return own + list(self.drafts) if self.drafts else own
+
+    @property
+    def num_scored(self) -> int:
+        """Rows after which a next token can be chosen: from the sequence's last own token on."""
+        end = self.start + self.count
+        return max(0, end - max(self.start, len(self.sequence.token_ids) - 1))
 
 
 class Scheduler:
@@ -73,16 +81,28 @@ class Scheduler:
         return [Scheduled(s, s.num_computed, n) for s, n in plan.items()]
 
     def complete(self, plan: list[Scheduled]) -> None:
-        """Record that a plan was computed, and name the blocks it filled."""
-        size = self.pool.block_size
+        """Record that a plan was computed, and name the blocks it filled. Drafts do not count before they are true."""
         for work in plan:
-            sequence = work.sequence
-            sequence.num_computed = work.start + work.count
-            while (len(sequence.block_names) + 1) * size <= sequence.num_computed:
-                index = len(sequence.block_names)
-                parent = sequence.block_names[-1] if index else b""
-                sequence.block_names.append(hash_block(parent, sequence.token_ids[index * size : (index + 1) * size]))
-                self.pool.name(sequence.blocks[index], sequence.block_names[-1])
+            work.sequence.num_computed = work.start + work.count - len(work.drafts)
+            self._name_blocks(work.sequence)
+
+    def reserve(self, sequence: Sequence, count: int) -> int:
+        """Give a decoding sequence room for up to `count` drafts behind its last token, from free blocks only; returns
+        for how many there is room. Nobody is preempted for a guess."""
+        num_tokens = len(sequence.token_ids)
+        room = (len(sequence.blocks) + self.pool.num_free) * self.pool.block_size - num_tokens
+        count = min(count, room)
+        self._grow(sequence, num_tokens + count)
+        return count
+
+    def settle(self, sequence: Sequence) -> None:
+        """After drafts were verified: all tokens but the newest are computed; blocks of refused drafts go back."""
+        sequence.num_computed = len(sequence.token_ids) - 1
+        sequence.num_drafted = min(sequence.num_drafted, sequence.num_computed)
+        self._name_blocks(sequence)
+        needed = -(-sequence.num_computed // self.pool.block_size)
+        self.pool.release(sequence.blocks[needed:])
+        del sequence.blocks[needed:]
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a sequence from wherever it is and give its blocks back (named ones stay findable)."""
@@ -129,6 +149,7 @@ class Scheduler:
         self.pool.check_integrity([s.blocks for s in live])
         assert len(self.running) <= self.max_batch, "more running than the batch holds"
         for sequence in self.running:
+            assert -(-sequence.num_computed // self.pool.block_size) == len(sequence.blocks), "blocks without tokens"
             assert sequence.num_computed <= len(sequence.blocks) * self.pool.block_size, "computed beyond its blocks"
             assert sequence.num_computed < len(sequence.token_ids), "nothing left to compute, yet running"
             assert len(sequence.block_names) == sequence.num_computed // self.pool.block_size, "names lag behind"
@@ -199,6 +220,15 @@ class Scheduler:
             return 0  # its gang's places are already counted
         return sequence.width
 
+    def _name_blocks(self, sequence: Sequence) -> None:
+        """Make the blocks that were filled findable by what they hold."""
+        size = self.pool.block_size
+        while (len(sequence.block_names) + 1) * size <= sequence.num_computed:
+            index = len(sequence.block_names)
+            parent = sequence.block_names[-1] if index else b""
+            sequence.block_names.append(hash_block(parent, sequence.token_ids[index * size : (index + 1) * size]))
+            self.pool.name(sequence.blocks[index], sequence.block_names[-1])
+
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a sequence blocks for `num_tokens`; False (and unchanged) when there are not enough."""
         missing = -(-num_tokens // self.pool.block_size) - len(sequence.blocks)
@@ -214,3 +244,4 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         sequence.blocks, sequence.block_names, sequence.num_computed = [], [], 0
         sequence.hidden = None
+        sequence.num_drafted = 0

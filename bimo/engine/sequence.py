@@ -20,6 +20,7 @@ from bimo.tokenizer.stream import TextStream
 
 if TYPE_CHECKING:
     from bimo.engine.search import Search
+    from bimo.engine.speculation import NgramIndex, Pace
 
 __all__ = ["Gang", "Sequence"]
 
@@ -58,7 +59,12 @@ class Sequence:
     admitted: bool = False  # was running at least once
     blocks: list[int] = field(default_factory=list)
     block_names: list[bytes] = field(default_factory=list)
+    # the speculation's
+    pace: Pace | None = None
+    ngrams: NgramIndex | None = None
+    num_drafted: int = 0  # tokens whose keys and values the draft model's cache holds
     # the sampler's
+    unused_draws: list[float] = field(default_factory=list)  # made for drafts that were refused; they come first
     allowed_mask: Any = None  # the constraint's answer for the next token
     output_counts: Counter[int] = field(default_factory=Counter)
     sum_logprobs: float = 0.0
@@ -95,6 +101,10 @@ class Sequence:
     def shares_prefix(self) -> bool:
         """Whether cached prefixes may be used: not where every prompt position's output is needed."""
         return self.sampling.prompt_logprobs is None and not self.sampling.penalty_alpha
+
+    def draw(self) -> float:
+        """A uniform number from [0, 1): one decides one token."""
+        return self.unused_draws.pop(0) if self.unused_draws else self.rng.random()
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""

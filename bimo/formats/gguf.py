@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["convert_gguf", "write_gguf"]
+__all__ = ["convert_gguf", "gguf_family", "write_gguf"]
 
 ROPE_FREQS = "rope_freqs.weight"
 UNUSED_TOKEN = 5  # tokenizer.ggml.token_type of rows without a token
@@ -67,7 +67,7 @@ def convert_gguf(file: Path, directory: Path, on_progress: Callable[[int, int], 
     from gguf import GGMLQuantizationType
 
     gguf = GgufFile(Path(file))
-    family = _family(gguf.metadata.get("general.architecture"), str(file))
+    family = gguf_family(gguf)
     config = _read_config(gguf, family)
     plan = tensor_plan(config, family.tensors)
     _check_tensors(gguf, plan)
@@ -100,6 +100,11 @@ def convert_gguf(file: Path, directory: Path, on_progress: Callable[[int, int], 
         except (CorruptModelError, UnsupportedModelError) as error:  # it sees only the metadata: name the file here
             raise type(error)(f"{file}: {error}") from None
         save_directory(Path(directory), config, tensors(), source=Path(folder), lineage=lineage)
+
+
+def gguf_family(gguf: GgufFile) -> GgufFamily:
+    """How the file's architecture is read; UnsupportedModelError for one that bimo does not know."""
+    return _family(gguf.metadata.get("general.architecture"), str(gguf.file))
 
 
 def _family(architecture: Any, where: str) -> GgufFamily:

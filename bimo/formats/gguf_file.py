@@ -176,6 +176,11 @@ class GgufFile:
             )
         return GgufTensor(name, shape, kind, offset, nbytes)
 
+    def bytes_of(self, name: str) -> np.ndarray:
+        """A tensor's bytes as the file has them, uint8; a view of the mapping."""
+        tensor = self.tensors[name]
+        return np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
+
     def read(self, name: str, dtype: torch.dtype, on_bytes: Callable[[int], None] | None = None) -> torch.Tensor:
         """Dequantise a tensor to `dtype`; `on_bytes` hears the size of each chunk of the file that is done.
 
@@ -188,7 +193,7 @@ class GgufFile:
         tensor = self.tensors[name]
         kind = GGMLQuantizationType(tensor.type)
         row_bytes = tensor.nbytes * tensor.shape[-1] // max(1, math.prod(tensor.shape))
-        data = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset).reshape(-1, row_bytes)
+        data = self.bytes_of(name).reshape(-1, row_bytes)
         result = torch.empty(tensor.shape, dtype=dtype)
         rows = result.view(-1, tensor.shape[-1])
         step = max(1, CHUNK // tensor.shape[-1])

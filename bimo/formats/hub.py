@@ -45,7 +45,7 @@ from bimo.formats.integrity import Progress, check_complete, check_record, file_
 from bimo.models.catalog import CATALOG, CatalogEntry, near_names
 from bimo.runtime import cache_home
 
-__all__ = ["CONVERSION", "ModelInfo", "Progress", "list_models", "remove_model", "resolve"]
+__all__ = ["CONVERSION", "ModelInfo", "Progress", "gguf_source", "list_models", "remove_model", "resolve"]
 
 CONVERSION = (
     1  # raised when formats.gguf writes something else for the same file; older conversions are then made again
@@ -304,6 +304,23 @@ def _finish(payload: Path, converted: Path, folder: Path, about: dict[str, Any],
         stale = converted.parent / "stale"
         os.replace(folder, stale)
     os.replace(converted, folder)
+
+
+def gguf_source(reference: str, directory: Path) -> Path | None:
+    """The GGUF file behind a resolved model: the one that was named, or the one it was made from; None without one.
+
+    Raises CorruptModelError when a fetched one was changed since.
+    """
+    named = Path(reference)
+    if named.suffix == ".gguf" and _exists(named):
+        return named
+    if named.is_dir() and (ggufs := sorted(named.glob("*.gguf"))) and len(ggufs) == 1:
+        return ggufs[0]
+    kept = cache_home() / "downloads" / directory.name
+    if read_record(kept) is not None:
+        return kept / str(check_record(kept, _mend(directory.name)).get("payload"))
+    made_from = Path(str((read_record(directory) or {}).get("reference", "")))
+    return made_from if made_from.suffix == ".gguf" and _exists(made_from) else None
 
 
 # --- what there is ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Log lines go to the logger `bimo.access`, one a request, as `name=value` pairs (
     bimo_prompt_tokens_total, bimo_cached_tokens_total      counters: prompt tokens computed, and found in the cache
     bimo_generation_tokens_total                            counter
     bimo_engine_steps_total, bimo_preemptions_total         counters
+    bimo_drafted_tokens_total, bimo_accepted_tokens_total   counters: speculation's guesses, and those found true
     bimo_kv_cache_used_tokens, bimo_kv_cache_total_tokens   gauges
     bimo_time_to_first_token_seconds                        histogram: from the request's arrival
     bimo_inter_token_seconds                                histogram: between tokens of one sequence
@@ -161,6 +162,8 @@ class _EngineCollector(Collector):
         ("bimo_generation_tokens", "generation_tokens", "Tokens generated"),
         ("bimo_engine_steps", "steps", "Forward passes"),
         ("bimo_preemptions", "preemptions", "Sequences set back because the KV cache was full"),
+        ("bimo_drafted_tokens", "drafted_tokens", "Tokens guessed by speculation"),
+        ("bimo_accepted_tokens", "accepted_tokens", "Guessed tokens that were found true"),
     )
 
     def __init__(self, stats: Callable[[], BackendStats | None]) -> None:

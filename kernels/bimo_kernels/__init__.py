@@ -17,9 +17,24 @@ for _library in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
     ctypes.CDLL(str(_library), mode=ctypes.RTLD_GLOBAL)
 
 from bimo_kernels import _kernels  # noqa: E402
+from bimo_kernels.fused import GROUP, FusedModel, PackedMatrix, gemv_rate, instruction_sets, pack, product  # noqa: E402
 
-__all__ = ["HEAD_DIMS", "decode_attention", "rms_norm", "store"]
+__all__ = [
+    "GROUP",
+    "HEAD_DIMS",
+    "INTERFACE",
+    "FusedModel",
+    "PackedMatrix",
+    "decode_attention",
+    "gemv_rate",
+    "instruction_sets",
+    "pack",
+    "product",
+    "rms_norm",
+    "store",
+]
 
+INTERFACE = 2  # what bimo.engine.kernels asks for; raised with every change of what is taken or given
 HEAD_DIMS = frozenset({16, 32, 64, 80, 96, 128, 256})  # sizes that `decode_attention` was compiled for
 
 

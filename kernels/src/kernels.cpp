@@ -17,6 +17,10 @@
 #define EVERY_CPU
 #endif
 
+namespace bimo {
+void bind_fused(nanobind::module_& m);  // fused.cpp
+}
+
 namespace {
 
 struct bfloat16 {
@@ -246,4 +250,5 @@ NB_MODULE(_kernels, m) {
     m.def("decode_attention", &decode_attention);
     m.def("store_rows", &store_rows);
     m.def("rms_norm", &rms_norm);
+    bimo::bind_fused(m);
 }

@@ -12,7 +12,7 @@ import pytest
 from bimo.cli.main import main
 
 BIMO = [sys.executable, "-m", "bimo.cli.main"]
-COMMANDS = ["chat", "generate", "serve", "models", "convert", "doctor", "bench"]
+COMMANDS = ["chat", "generate", "serve", "models", "convert", "doctor", "bench", "eval"]
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bimo.backends.local import load_decoder
+from bimo.backends.build import load_decoder
 from bimo.engine.engine import Engine, EngineConfig
 from bimo.engine.request import Output, Request
 from bimo.engine.runner import ModelRunner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import jsonschema_rs
 import numpy as np
 import pytest
 
+from bimo.engine import constrain
 from bimo.engine.constrain import ConstraintFactory, choice, grammar, json_object, json_schema, regex
 from bimo.errors import EngineError, UsageError
 from bimo.tokenizer.load import Tokenizer
+from tests.engine.schemas import SCHEMAS, Walker, bits
 from tests.tokenizer.tiny import byte_level_metadata, load, sentencepiece_metadata
 
 
@@ -26,121 +29,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def spm(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load(sentencepiece_metadata(), tmp_path_factory.mktemp("spm"))
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_dir: Path) -> Tokenizer:
-    return Tokenizer.from_directory(smollm2_dir)
-
-
-def bits(mask: np.ndarray, size: int) -> np.ndarray:
-    return np.unpackbits(mask.view(np.uint8), bitorder="little")[:size].astype(bool)
-
-
-class Walker:
-    """A model without a mind: takes any allowed token, with some love for tokens that bring an answer to an end."""
-
-    def __init__(self, tokenizer: Tokenizer, closing: float = 0.6) -> None:
-        self.tokenizer, self.closing = tokenizer, closing
-        size = tokenizer.vocab_size
-        closers = (b'"', b"}", b"]", b'"}', b'"]', b'",', b",", b'":', b":")
-        self.closers = np.array([tokenizer.token_bytes(i).strip() in closers for i in range(size)])
-        self.ends = np.zeros(size, bool)
-        self.ends[list(tokenizer.eos_token_ids)] = True
-
-    def walk(self, factory: ConstraintFactory, seed: int, limit: int = 400) -> tuple[str, bool]:
-        """The text and whether it ended by itself."""
-        rng, constraint, ids = np.random.default_rng(seed), factory(), []
-        while not constraint.finished and len(ids) < limit:
-            mask = constraint.allowed_mask()
-            assert mask.shape == ((self.tokenizer.vocab_size + 31) // 32,) and mask.dtype == np.int32
-            allowed = bits(mask, self.tokenizer.vocab_size)
-            assert allowed.any()
-            words, can_end = allowed & ~self.ends, (allowed & self.ends).any()
-            if can_end and (not words.any() or rng.random() < 0.3):
-                constraint.accept(self.tokenizer.eos_token_ids[0])
-                assert constraint.finished
-                break
-            closers = words & self.closers
-            pool = np.flatnonzero(closers if closers.any() and rng.random() < self.closing else words)
-            token = int(pool[rng.integers(len(pool))])
-            constraint.accept(token)
-            ids.append(token)
-        return self.tokenizer.decode(ids, skip_special_tokens=False), constraint.finished
-
-
-SCHEMAS: dict[str, dict[str, Any]] = {
-    "record": {
-        "type": "object",
-        "properties": {
-            "名字": {"type": "string", "maxLength": 12},
-            "年龄": {"type": "integer", "minimum": 0, "maximum": 150},
-            "tags": {"type": "array", "items": {"enum": ["🎉", "好", "ok", 3, None]}, "maxItems": 3},
-            "ok": {"type": "boolean"},
-        },
-        "required": ["名字", "年龄", "ok"],
-        "additionalProperties": False,
-    },
-    "numbers": {"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": 4},
-    "emoji": {"anyOf": [{"type": "null"}, {"properties": {"k": {"const": "🧑‍🚀"}}, "required": ["k"], "type": "object",
-              "additionalProperties": False}]},
-    "tree": {
-        "$defs": {
-            "node": {
-                "type": "object",
-                "properties": {"v": {"enum": [1, 2]}, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
-                "required": ["v", "next"],
-                "additionalProperties": False,
-            }
-        },
-        "$ref": "#/$defs/node",
-    },
-    "pattern": {"type": "string", "pattern": "^\\d{3}-[一-龥]{2}$"},
-    "length": {"type": "string", "minLength": 2, "maxLength": 5},
-    "range": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "multiple": {"type": "integer", "multipleOf": 7},
-    "tuple": {"type": "array", "prefixItems": [{"type": "string", "maxLength": 3}, {"type": "boolean"}], "items": False,
-              "minItems": 2},
-    "prefixes": {"type": "object", "patternProperties": {"^x_": {"type": "integer"}}, "additionalProperties": False,
-                 "maxProperties": 2},
-    "both": {"allOf": [{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
-                       {"properties": {"b": {"enum": ["一", "二"]}}, "required": ["b"]}],
-             "additionalProperties": True},
-    "types": {"type": ["string", "null"], "maxLength": 4},
-    "time": {"type": "string", "format": "time"},
-    "moment": {"type": "object", "properties": {"t": {"type": "string", "format": "date-time"}}, "required": ["t"],
-               "additionalProperties": False},
-    "date": {"type": "string", "format": "date"},
-    "uuid": {"type": "string", "format": "uuid"},
-    "ipv4": {"type": "string", "format": "ipv4"},
-    "old": {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"s": {"enum": ["旧"]}},
-            "$ref": "#/definitions/s"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_finished_json_satisfies_its_schema(tiny: Tokenizer, spm: Tokenizer, name: str) -> None:
-    schema = SCHEMAS[name]
-    validator = jsonschema_rs.validator_for(schema, validate_formats=True)
-    for tokenizer in (tiny, spm):
-        factory, walker, ended = json_schema(tokenizer, schema), Walker(tokenizer), 0
-        for seed in range(12):
-            text, finished = walker.walk(factory, seed)
-            if finished:
-                ended += 1
-                validator.validate(json.loads(text))
-        assert ended >= 6, f"only {ended} of 12 walks ended"
-
-
-@pytest.mark.parametrize("name", ["record", "tree", "emoji", "moment"])
-def test_on_the_real_vocabulary(smollm2: Tokenizer, name: str) -> None:
-    validator = jsonschema_rs.validator_for(SCHEMAS[name], validate_formats=True)
-    factory, walker = json_schema(smollm2, SCHEMAS[name]), Walker(smollm2)
-    results = [walker.walk(factory, seed) for seed in range(6)]
-    assert any(finished for _, finished in results)
-    for text, finished in results:
-        if finished:
-            validator.validate(json.loads(text))
 
 
 def test_any_object(tiny: Tokenizer) -> None:
@@ -163,7 +51,7 @@ def follow(tokenizer: Tokenizer, factory: ConstraintFactory, text: str) -> str:
 
 
 def test_whitespace_is_bounded(tiny: Tokenizer) -> None:
-    factory = json_schema(tiny, SCHEMAS["numbers"] | {"items": {"type": "integer"}})
+    factory = json_schema(tiny, SCHEMAS["numbers"])
     assert follow(tiny, factory, "[1,2]") == "finished"
     assert follow(tiny, factory, "[1, 2]") == "finished"
     assert follow(tiny, factory, "[\n    1,\n    2\n]") == "finished"
@@ -176,7 +64,7 @@ def test_whitespace_is_bounded(tiny: Tokenizer) -> None:
 
 def test_a_model_in_love_with_whitespace_still_answers(tiny: Tokenizer) -> None:
     """vllm#38696: at each step take whitespace if it is allowed."""
-    constraint, ids = json_schema(tiny, SCHEMAS["record"])(), []
+    constraint, ids = json_schema(tiny, SCHEMAS["person_zh"])(), []
     blank = np.array([bool(tiny.token_bytes(i)) and not tiny.token_bytes(i).strip() for i in range(tiny.vocab_size)])
     walker = Walker(tiny, closing=1.0)
     rng = np.random.default_rng(0)
@@ -193,7 +81,7 @@ def test_a_model_in_love_with_whitespace_still_answers(tiny: Tokenizer) -> None:
         ids.append(int(pool[rng.integers(len(pool))]))
         constraint.accept(ids[-1])
     assert constraint.finished
-    jsonschema_rs.validator_for(SCHEMAS["record"]).validate(json.loads(tiny.decode(ids)))
+    jsonschema_rs.validator_for(SCHEMAS["person_zh"]).validate(json.loads(tiny.decode(ids)))
 
 
 def test_the_end_is_allowed_at_the_end_only(tiny: Tokenizer) -> None:
@@ -275,6 +163,179 @@ def test_forced_text_comes_out_as_it_is(tmp_path: Path, spm: Tokenizer, tiny: To
             assert finished and written.strip() in (text.strip() + "!", text.strip() + "?")
 
 
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"type": "number"}, "-12.5e-10 123456789012345678 0.12345678901234", "1e999 1e-100 1234567890123456789"),
+        ({"type": "number"}, "1.5E+99 12345678901234.5", "0.1234567890123456 123456789012345.5"),
+        ({"type": "number", "exclusiveMaximum": 1}, "0.99999999999999", "0.99999999999999999999"),
+        ({"type": "number", "exclusiveMinimum": 0}, "0.00000000000001 0.000000000000001", "0." + "0" * 40 + "1"),
+        ({"type": "integer", "maximum": 2**63 - 1}, "0 999999999999999999", "9223372036854775807"),
+        ({"const": 0.00000000000000000025}, "0.00000000000000000025", "0"),
+        ({"type": "array", "items": {"type": "integer"}}, "[111111111111111111,222222222222222222]", "[1e5]"),
+        ({"type": "string"}, '"1e9999" "\\"1234567890123456789012345678901234567890"', "1e9999"),
+        ({"type": "object"}, '{"1234567890123456789012345":{"a":[1e99,"1e999"]}}', '{"a":1e999}'),
+    ],
+)
+def test_numbers_keep_to_what_every_reader_takes_exactly(tiny: Tokenizer, schema: Any, right: str, wrong: str) -> None:
+    factory = json_schema(tiny, schema)
+    for text in right.split():
+        assert follow(tiny, factory, text) in ("complete", "finished"), text
+    for text in wrong.split():
+        assert follow(tiny, factory, text) not in ("complete", "finished"), text
+
+
+@pytest.mark.parametrize("digit", ["0", "3", "9"])
+@pytest.mark.parametrize("schema", [{"type": "number"}, {"type": "number", "exclusiveMinimum": 0}, {"type": "integer"}])
+def test_a_model_in_love_with_one_digit_still_answers(tiny: Tokenizer, schema: dict[str, Any], digit: str) -> None:
+    constraint, ids = json_schema(tiny, schema)(), []
+    favourite = np.array([bool(tiny.token_bytes(i)) and set(tiny.token_bytes(i)) <= set(digit.encode())
+                          for i in range(tiny.vocab_size)])  # fmt: skip
+    point, size = tiny.encode("."), tiny.vocab_size
+    while not constraint.finished:
+        allowed = bits(constraint.allowed_mask(), size)
+        choices = np.flatnonzero(allowed & favourite)
+        if ids == tiny.encode("0") and allowed[point[0]]:
+            choices = np.array(point)
+        if not choices.size and allowed[2]:
+            break
+        ids.append(int(choices[0]) if choices.size else int(np.flatnonzero(allowed)[0]))
+        constraint.accept(ids[-1])
+        assert len(ids) < 30, "no end in sight"
+    jsonschema_rs.validator_for(schema).validate(json.loads(tiny.decode(ids)))
+
+
+def test_a_key_has_one_spelling(tiny: Tokenizer) -> None:
+    factory = json_schema(tiny, {"properties": {"a": {"type": "integer"}, "中\n": {"type": "null"}}})
+    assert follow(tiny, factory, '{"a":1,"b":"x"}') == "finished"
+    assert follow(tiny, factory, '{"中\\n":null}') == "finished"
+    for key in ("\\u0061", "\\u4e2d\\n", "中\\u000a"):
+        assert follow(tiny, factory, f'{{"{key}":"x"}}') == "refused"
+    for text in ("\\u0001", "\\ud800", "\\/"):
+        assert follow(tiny, json_schema(tiny, {"type": "string"}), f'"{text}"') == "refused"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "right", "wrong"),
+    [
+        ("^.$", ["a", "中", "🦊"], ["\n", "\r", "\u2028", ""]),
+        ("^\\s$", [" ", "\u3000", "\ufeff"], ["\u0085", "a"]),
+        ("^\\S$", ["\u0085", "中"], ["\ufeff", " "]),
+        ("^[\\S]$", ["x", "中"], ["\ufeff", "\n"]),
+        ("^[^\\s]$", ["x"], ["\ufeff", "\n"]),
+        ("^\\d\\w$", ["1a", "0_"], ["٣a", "1é"]),
+        ("^[[:alpha:]]$", ["[]", ":]", "a]"], ["b", "b]", "x"]),
+        ("^[a&&b]$", ["&", "a", "b"], ["&&"]),
+        ("^[+--]$", ["+", ",", "-"], ["."]),
+        ("^[\\]\\[]$", ["[", "]"], ["\\"]),
+        ("^a[^]$", ["ab", "a\n"], ["a"]),
+        ("a|^b", ["xa", "bx"], ["xb"]),
+        ("^[\\u4e00-\\u9fa5]{2}$", ["中文"], ["ab", "中"]),
+        ("b\\.", ["ab.c"], ["bc"]),
+    ],
+)
+def test_patterns_mean_what_javascript_means(tiny: Tokenizer, pattern: str, right: list[str], wrong: list[str]) -> None:
+    factory = json_schema(tiny, {"type": "string", "pattern": pattern})
+    for text in right:
+        assert follow(tiny, factory, json.dumps(text, ensure_ascii=False)) in ("complete", "finished"), text
+    for text in wrong:
+        assert follow(tiny, factory, json.dumps(text, ensure_ascii=False)) in ("open", "refused"), text
+
+
+def test_forced_tokens(tiny: Tokenizer) -> None:
+    name = {"type": "object", "properties": {"姓名": {"type": "string"}}, "required": ["姓名"]}
+    constraint, text = json_schema(tiny, name)(), '{"姓名'
+    for token in tiny.encode('{"'):
+        constraint.accept(token)
+    forced = constraint.forced()
+    assert forced and ('{"' + tiny.decode(forced)).startswith(text[:3])
+    for token in forced:  # they are drafts, and may be taken one by one
+        assert bits(constraint.allowed_mask(), tiny.vocab_size)[token]
+        constraint.accept(token)
+    free = regex(tiny, "(?s).*")()
+    assert free.forced() == []
+    free.accept(tiny.eos_token_ids[0])
+    assert free.finished and free.forced() == []
+
+
+# --- compiled once -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What llguidance was asked to compile."""
+    sources: list[str] = []
+    real = constrain._matcher
+
+    def counted(vocabulary: Any, source: str, **more: Any) -> Any:
+        sources.append(source)
+        return real(vocabulary, source, **more)
+
+    monkeypatch.setattr(constrain, "_matcher", counted)
+    return sources
+
+
+def test_the_same_form_is_compiled_once(tmp_path: Path, compiled: list[str]) -> None:
+    tokenizer = load(byte_level_metadata(), tmp_path)
+    for _ in range(3):
+        json_schema(tokenizer, {"properties": {"a": {"const": 1}, "b": {}}})
+        json_schema(tokenizer, json.loads('{ "properties" : {"a":{"const":1},\n"b":{}} }'))
+        regex(tokenizer, "[0-9]+"), grammar(tokenizer, 'start: "[0-9]+"'), choice(tokenizer, ["[0-9]+"])
+        json_object(tokenizer), json_schema(tokenizer, {"type": "object"})
+    assert len(compiled) == 5
+    json_schema(tokenizer, {"properties": {"b": {}, "a": {"const": 1}}})  # answers follow the order of properties
+    json_schema(tokenizer, {"properties": {"a": {"const": True}, "b": {}}})
+    assert len(compiled) == 7
+    one, two = regex(tokenizer, "[0-9]+")(), regex(tokenizer, "[0-9]+")()
+    one.accept(tokenizer.encode("1")[0])
+    assert not bits(two.allowed_mask(), tokenizer.vocab_size)[2]  # two has no digit yet
+    other = load(byte_level_metadata(), tmp_path / "other")
+    json_object(other)
+    assert len(compiled) == 8
+
+
+def test_only_so_many_forms_are_kept(tmp_path: Path, compiled: list[str]) -> None:
+    tokenizer = load(byte_level_metadata(), tmp_path)
+    for i in range(constrain.MAX_KEPT + 1):
+        regex(tokenizer, f"a{{{i + 1}}}")
+        regex(tokenizer, "a{1}")  # used again and again, so it stays
+    assert len(compiled) == constrain.MAX_KEPT + 1
+    regex(tokenizer, "a{3}")
+    assert len(compiled) == constrain.MAX_KEPT + 1
+    regex(tokenizer, "a{2}")  # was the first to go
+    assert len(compiled) == constrain.MAX_KEPT + 2
+
+
+def test_what_fails_is_not_kept(tmp_path: Path, compiled: list[str]) -> None:
+    tokenizer = load(byte_level_metadata(), tmp_path)
+    for count in (1, 2):
+        with pytest.raises(UsageError):
+            regex(tokenizer, "[")
+        assert len(compiled) == count
+
+
+def test_threads_share_one_compilation(tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load(byte_level_metadata(), tmp_path)
+    texts, failures = set(), []
+    started = threading.Barrier(8)
+    real = constrain._probe
+    monkeypatch.setattr(constrain, "_probe", lambda *args: (threading.Event().wait(0.05), real(*args))[1])
+
+    def work(number: int) -> None:
+        started.wait()
+        factory = choice(tokenizer, ["是", "否"])
+        with pytest.raises(UsageError, match="unclosed") as caught:
+            regex(tokenizer, "[")
+        failures.append(caught.value)
+        texts.update(Walker(tokenizer).walk(factory, seed)[0] for seed in range(number, number + 4))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert texts == {"是", "否"} and len(failures) == 8
+    assert sum('"是"' in source for source in compiled) == 1
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -288,11 +349,11 @@ def nested(depth: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("schema", "match"),
     [
-        ({"not": {}}, '"not" at \\$,'),
-        ({"type": "object", "properties": {"a": {"if": {}}}}, r'"if" at \$\.properties\.a'),
+        ({"not": {}}, '"not" at #,'),
+        ({"type": "object", "properties": {"a": {"if": {}}}}, '"if" at #/properties/a, .*anyOf'),
         ({"type": "array", "uniqueItems": True}, '"uniqueItems"'),
         ({"type": "object", "propertyNames": {}}, '"propertyNames"'),
-        ({"anyOf": [{"type": "null"}, {"contains": {}}]}, r'"contains" at \$\.anyOf\[1\]'),
+        ({"anyOf": [{"type": "null"}, {"contains": {}}]}, '"contains" at #/anyOf/1'),
         ({"$defs": {"x": {"unevaluatedProperties": False}}}, '"unevaluatedProperties"'),
         ({"type": "string", "contentEncoding": "base64"}, '"contentEncoding"'),
         ({"requred": ["a"]}, '"requred".*spelling'),
@@ -301,12 +362,12 @@ def nested(depth: int) -> dict[str, Any]:
         ({"items": [{}]}, 'use "prefixItems"'),
         ({"type": "string", "format": "banana"}, "banana"),
         ({"type": "foo"}, "foo"),
-        ({"$ref": "http://example.com/schema"}, "only \"#...\" can be resolved"),
+        ({"$ref": "http://example.com/schema"}, "not a schema inside this one"),
         ({"$ref": "#/$defs/none"}, "none"),
-        ({"$ref": "#"}, "no text satisfies it"),
+        ({"$ref": "#"}, "no finite text"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum"),
         ({"enum": []}, "empty"),
-        ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, '"oneOf".*"anyOf"'),
+        ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, '"oneOf" at #, .*"anyOf"'),
         ({"type": "string", "pattern": "["}, "unclosed character class"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
         ({"type": "array", "items": {"type": "string", "pattern": "a{1000}{1000}"}}, "too complex"),
@@ -316,8 +377,8 @@ def nested(depth: int) -> dict[str, Any]:
         (nested(100_000), "nested more than 100 levels"),
         ({"const": float("nan")}, "float"),
         ({"title": "\ud800"}, "lone surrogate"),
-        ({"properties": [1]}, "must be an object"),
-        ({"anyOf": {}}, "must be a list"),
+        ({"properties": [1]}, "where an object is expected"),
+        ({"anyOf": {}}, "where a list of schemas is expected"),
         ({"allOf": [3]}, "where a schema is expected"),
         ("{}", "must be an object"),
         (None, "must be an object"),
@@ -340,7 +401,9 @@ def test_schemas_that_cannot_be_guaranteed_are_refused(tiny: Tokenizer, schema: 
         (regex, "a{1000}{1000}", "too complex"),
         (regex, "[^\\s\\S]", "no text satisfies it"),
         (regex, "\ud800", "lone surrogate"),
-        (regex, "x" * 300_000, "at most 200000"),
+        (regex, "x" * 300_000, "at most 10000"),
+        (grammar, "start: " + "x" * 300_000, "at most 30000"),
+        (choice, ["x" * 300_000], "at most 200000"),
         (regex, 3, "expected text"),
         (grammar, "start: 无", "cannot be used"),
         (grammar, "start: foo", "foo"),

@@ -1,0 +1,210 @@
+"""From a model directory and the user's wishes to a runner: which weights, in which precision, by which loops.
+
+    quant     weights                                    by the kernels          by plain torch
+    "int8"    8 bits, a scale every 32 columns           the whole step          dequantised when loaded
+    "int4"    4 bits, a scale every 32; the head 8       the whole step          dequantised when loaded
+    "file"    as the GGUF file has them                  the whole step          dequantised when loaded
+    "none"    bfloat16, float32 or float16 (`dtype`)     attention and norms     oneDNN's products
+
+On a CPU the default is int8 where the kernels run: it is the fastest, and costs smollm2 less than 1 % of perplexity
+(LOG.md). A `dtype` that is asked for means "none".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bimo.engine.fused import FusedDecoder, can_fuse
+from bimo.engine.packing import pack_linear_layers
+from bimo.engine.paged import PagedCache
+from bimo.engine.runner import ModelRunner
+from bimo.errors import UsageError
+from bimo.formats.hub import gguf_source
+from bimo.formats.huggingface import load_weights
+from bimo.models.config import DecoderConfig
+from bimo.models.decoder import Decoder
+from bimo.models.empty import empty_decoder
+from bimo.quant.weights import QuantisedWeight, quantise4
+from bimo.runtime import available_memory, choose_dtype, return_free_memory
+
+__all__ = [
+    "BLOCK_SIZE",
+    "CACHE_DTYPES",
+    "QUANTS",
+    "Precision",
+    "build_model",
+    "build_runner",
+    "choose_precision",
+    "load_decoder",
+]
+
+QUANTS = ("int8", "int4", "file", "none")
+CACHE_DTYPES = ("auto", "int8")
+BLOCK_SIZE = 16  # tokens a cache block; smaller shares more of a prefix, larger gathers faster
+KV_CACHE_BYTES = 192 << 20  # default size of the KV cache, if that much memory is free
+_BITS = {"int8": 8.1, "int4": 5.5, "file": 8.5}  # a weight, scales and head counted in; "file" at most
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What is computed with: `quant` of the weights, `dtype` of activations and cache ("none") or of the cache."""
+
+    quant: str
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    fused: bool  # the whole step by the kernels
+    why: str
+
+    @property
+    def name(self) -> str:
+        """For people: "int8", "4 bits from the file", "bfloat16"."""
+        return {"none": str(self.dtype).removeprefix("torch."), "file": "the file's own bits"}.get(
+            self.quant, self.quant
+        )
+
+
+def choose_precision(
+    config: DecoderConfig,
+    *,
+    quant: str | None = None,
+    dtype: str | None = None,
+    cache_dtype: str | None = None,
+    device: str = "cpu",
+) -> Precision:
+    """Settle what was left open. Raises UsageError for wishes that exclude each other."""
+    if quant is not None and quant not in QUANTS:
+        raise UsageError(f"quant must be one of {', '.join(QUANTS)}, not {quant!r}", "quant")
+    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+        raise UsageError(
+            f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {cache_dtype!r}", "kv_cache_dtype"
+        )
+    wished = None if dtype == "auto" else dtype
+    if wished is not None and quant not in (None, "none"):
+        raise UsageError(f'dtype is for unquantised weights: give quant="none" or leave dtype={wished!r} out', "dtype")
+    obstacle = can_fuse(config) if device == "cpu" else f"the device is {device}"
+    why = "asked for"
+    if quant is None:
+        quant = "none" if wished is not None or obstacle else "int8"
+        why = {
+            "int8": "the fastest here, within 1 % of float32's perplexity",
+            "none": f"dtype {wished} was asked for" if wished else f"int8 would not be faster: {obstacle}",
+        }[quant]
+    fused = quant != "none" and obstacle is None
+    number_type = torch.bfloat16 if fused else choose_dtype(dtype, device)
+    if cache_dtype == "int8" and not fused:
+        raise UsageError(
+            f"a cache in int8 needs quantised weights and the kernels ({obstacle or 'quant is none'}): leave "
+            "kv_cache_dtype out",
+            "kv_cache_dtype",
+        )
+    return Precision(quant, number_type, torch.int8 if cache_dtype == "int8" else number_type, fused, why)
+
+
+def load_decoder(
+    directory: Any, config: DecoderConfig, dtype: torch.dtype, device: str = "cpu", weights: Any = None
+) -> Decoder:
+    """Build the model without memory, then let each weight arrive in its number type: peak = weights + one tensor."""
+    model = empty_decoder(config)
+    for name, tensor in weights or load_weights(directory, config):
+        model.load_state_dict({name: tensor.to(device, dtype)}, strict=False, assign=True)
+    model.reset_rope()
+    return model.eval().requires_grad_(False)
+
+
+def build_runner(
+    reference: str,
+    directory: Path,
+    config: DecoderConfig,
+    precision: Precision,
+    *,
+    device: str = "cpu",
+    kv_cache_tokens: int | None = None,
+    context_length: int | None = None,
+) -> ModelRunner:
+    """Load the weights and make the runner. Raises UsageError when the memory does not hold them, with the mend."""
+    model = build_model(reference, directory, config, precision, device=device)
+    num_blocks = _num_blocks(config, precision.cache_dtype, kv_cache_tokens, context_length or config.max_positions)
+    return ModelRunner(model, num_blocks=num_blocks, block_size=BLOCK_SIZE)
+
+
+def build_model(
+    reference: str, directory: Path, config: DecoderConfig, precision: Precision, *, device: str = "cpu"
+) -> Decoder | FusedDecoder:
+    """Load the weights into the loops that `precision` names."""
+    need_memory(config, precision)
+    weights = _weights(reference, directory, config, precision)
+    model: Decoder | FusedDecoder
+    if precision.fused:
+        model = FusedDecoder(config, weights, precision.quant, cache_dtype=precision.cache_dtype)
+    else:
+        model = load_decoder(directory, config, precision.dtype, device, _dequantised(weights, precision))
+        pack_linear_layers(model)
+    return_free_memory()
+    return model
+
+
+def need_memory(config: DecoderConfig, precision: Precision) -> None:
+    """Refuse a model whose weights do not fit into the free memory: need, have, and what would help."""
+    bits = _BITS[precision.quant] if precision.fused else 8.0 * precision.dtype.itemsize
+    largest = config.vocab_size * config.hidden_size * 4 * 2  # a tensor on its way, plain and quantised
+    needed, free = int(config.num_parameters * bits / 8) + largest, available_memory()
+    if free is None or needed <= free:
+        return
+    mend = "end other programs, or take a smaller model (`bimo models`)"
+    if precision.quant != "int4" and config.num_parameters * _BITS["int4"] / 8 + largest <= free:
+        mend = 'give --quant int4 (quant="int4" in Python), or ' + mend
+    raise UsageError(
+        f"the model's {config.num_parameters / 1e9:.2f} billion weights need {needed >> 20} MB in {precision.name}, "
+        f"{free >> 20} MB are free: {mend}",
+        "model",
+    )
+
+
+def _weights(reference: str, directory: Path, config: DecoderConfig, precision: Precision) -> Iterator[Any]:
+    if precision.quant != "file":
+        return load_weights(directory, config)
+    file = gguf_source(reference, directory)
+    if file is None:
+        raise UsageError(
+            f'quant "file" uses the weights as a GGUF file has them, and {reference} is none: give the .gguf file, or '
+            'quant "int8" or "int4"',
+            "quant",
+        )
+    from bimo.formats.gguf_blocks import load_gguf_weights
+
+    return load_gguf_weights(file, config)
+
+
+def _dequantised(weights: Iterator[Any], precision: Precision) -> Iterator[tuple[str, torch.Tensor]]:
+    """Plain tensors, rounded as asked: the values a fused model computes with, for plain torch."""
+    for name, weight in weights:
+        if isinstance(weight, QuantisedWeight):
+            yield name, weight.dequantise(precision.dtype)
+        elif precision.quant == "int4" and weight.ndim == 2 and not name.startswith(("embed_", "lm_head")):
+            yield name, quantise4(weight).dequantise(precision.dtype)
+        else:
+            yield name, weight
+
+
+def _num_blocks(config: DecoderConfig, dtype: torch.dtype, tokens: int | None, context: int) -> int:
+    """Blocks of KV cache. Asked for: exactly that. Else what KV_CACHE_BYTES holds, within half of the free memory,
+    and no more than 64 full contexts could use."""
+    per_block = PagedCache.bytes_per_token(config, dtype) * BLOCK_SIZE
+    if tokens is not None:
+        if tokens < BLOCK_SIZE:
+            raise UsageError(f"kv_cache_tokens must be at least {BLOCK_SIZE}, not {tokens}", "kv_cache_tokens")
+        needed, free = -(-tokens // BLOCK_SIZE) * per_block, available_memory()
+        if free is not None and needed > free:
+            raise UsageError(
+                f"a KV cache of {tokens} tokens needs {needed >> 20} MB, {free >> 20} MB are free: lower "
+                "kv_cache_tokens",
+                "kv_cache_tokens",
+            )
+        return -(-tokens // BLOCK_SIZE)
+    budget = min(KV_CACHE_BYTES, (available_memory() or KV_CACHE_BYTES * 2) // 2)
+    return max(min(budget // per_block, 64 * -(-context // BLOCK_SIZE)), 4)

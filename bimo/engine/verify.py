@@ -1,0 +1,83 @@
+"""From a step's logits to each sequence's next tokens: one, or several where drafts turn out to be true.
+
+    logits of a sequence with drafts d1 d2 d3, one row after x, d1, d2 and d3 each:
+    row 0 -> t1 = d1    row 1 -> t2 = d2    row 2 -> t3 != d3    row 3 stands on a wrong token: not used
+    tokens: t1 t2 t3
+
+Rows may be processed together only where they do not depend on the token that came from the row before: penalties,
+min_tokens and constraints do, and their sequences take one row after the other, as long as their drafts are true.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from bimo.engine.request import TokenLogprob
+from bimo.engine.runner import StepResult
+from bimo.engine.sampling import choose_tokens, depends_on_output, process_logits, token_logprobs
+from bimo.engine.sequence import Sequence
+
+__all__ = ["Turn", "choose", "turns_of"]
+
+
+@dataclass(eq=False, slots=True)
+class Turn:
+    """One sequence's part of a step."""
+
+    sequence: Sequence
+    row: int  # the next row of logits
+    drafts: tuple[int, ...]  # what the rows after the first stand on
+    tokens: list[int] = field(default_factory=list)  # appended to the sequence so far
+    text: str = ""  # to show for them
+    chosen: list[int] = field(default_factory=list)  # to be appended now
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of `chosen`, where the request wants them
+    done: bool = False  # after `chosen` no row of this step is of use
+
+    @property
+    def num_accepted(self) -> int:
+        """Drafts that were the tokens chosen."""
+        return sum(token == draft for token, draft in zip(self.tokens, self.drafts, strict=False))
+
+
+def turns_of(result: StepResult) -> list[Turn]:
+    """The turns of all sequences of a step that are not part of a search."""
+    first_rows = result.first_rows
+    drafted = zip(result.sequences, result.drafts, strict=True)
+    return [Turn(sequence, first_rows[sequence], drafts) for sequence, drafts in drafted if sequence.gang is None]
+
+
+def choose(turns: list[Turn], logits: Tensor) -> None:
+    """Set each turn's `chosen`: the tokens of as many rows as can be processed now, up to the first that is not the
+    draft the next row stands on. logits: (R, V) of the whole step, not yet processed."""
+    widths = [1 if depends_on_output(turn.sequence) else 1 + len(turn.drafts) - len(turn.tokens) for turn in turns]
+    owners = [turn.sequence for turn, width in zip(turns, widths, strict=True) for _ in range(width)]
+    if len(owners) < len(logits):
+        logits = logits[[turn.row + i for turn, width in zip(turns, widths, strict=True) for i in range(width)]]
+    draws = [0.0 if owner.sampling.greedy else owner.draw() for owner in owners]
+    tokens = choose_tokens(process_logits(logits, owners), owners, draws)
+    first = 0
+    scored: list[tuple[Turn, int]] = []  # with rows whose log-probabilities are wanted
+    for turn, width in zip(turns, widths, strict=True):
+        drafts = turn.drafts[len(turn.tokens) :]
+        used = 1
+        while used < width and tokens[first + used - 1] == drafts[used - 1]:
+            used += 1
+        end = first + used
+        turn.row += used
+        turn.chosen = tokens[first:end]
+        turn.done = used > len(drafts) or turn.chosen[-1] != drafts[used - 1]
+        p = turn.sequence.sampling
+        if not p.greedy:
+            turn.sequence.unused_draws[:0] = draws[end : first + width]
+        if p.logprobs is not None or p.best_of:
+            turn.logprobs = []
+            scored += [(turn, row) for row in range(first, end)]
+        first += width
+    if scored:
+        rows = [row for _, row in scored]
+        tops = [turn.sequence.sampling.logprobs or 0 for turn, _ in scored]
+        found = token_logprobs(logits[rows], [tokens[row] for row in rows], tops)
+        for (turn, _), logprob in zip(scored, found, strict=True):
+            turn.logprobs.append(logprob)

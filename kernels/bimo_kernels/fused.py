@@ -1,0 +1,250 @@
+"""A whole decoder step as one call on quantised weights: packing their codes, and `FusedModel`, which owns the memory.
+
+The layouts are those of src/model.h: panels of 16 output rows, so that 16 results come side by side out of one pass.
+Sizes and indices are checked in C++ (src/fused.cpp), where they are used.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bimo_kernels import _kernels
+
+__all__ = ["FORMATS", "GROUP", "FusedModel", "PackedMatrix", "gemv_rate", "instruction_sets", "pack", "product"]
+
+LANES = 16
+GROUP = 32  # columns that share a scale
+FORMATS = {"block8": 0, "block4": 1}
+_KEPT_ROWS = 64
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+def instruction_sets() -> list[str]:
+    """What this processor can run, fastest first: of "avx512bf16", "avx512", "avx2", "portable"."""
+    return _kernels.instruction_sets()
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A weight in the kernels' layout. rows and columns are the plain matrix's."""
+
+    format: str
+    rows: int
+    columns: int
+    codes: Tensor  # uint8
+    scales: Tensor
+    bias: Tensor | None = None  # float32, rows padded to a whole panel
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read for one product."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def fields(self) -> tuple[Any, ...]:
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        return (
+            FORMATS[self.format], self.rows, self.columns, self.codes.data_ptr(), self.codes.nbytes,
+            self.scales.data_ptr(), self.scales.nbytes, bias,
+        )  # fmt: skip
+
+
+def pack(format: str, codes: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None = None) -> PackedMatrix:
+    """Lay a quantised weight out in panels.
+
+    Args:
+        format: "block8" (w = scale (q - 128)) or "block4" (w = scale q + minimum).
+        codes: (rows, columns) uint8, for 4 bits below 16.
+        scales: (rows, columns / 32 rounded up) float16. minima: like scales, for "block4".
+        bias: (rows,) float32.
+    """
+    rows, columns = codes.shape
+    codes = F.pad(codes, (0, -columns % GROUP, 0, -rows % LANES))
+    panels, groups = codes.shape[0] // LANES, codes.shape[1] // GROUP
+    assert scales.dtype == torch.float16 and scales.shape == (rows, groups)
+    if format == "block4":
+        assert minima is not None and minima.dtype == torch.float16 and minima.shape == scales.shape
+        halves = codes.view(panels, LANES, groups, 2, 4, 4)  # row, group, half, part, column
+        low, high = (halves[:, :, :, i].permute(0, 2, 3, 1, 4) for i in (0, 1))
+        packed = _aligned(low | high << 4)
+        scales = torch.stack((_by_panel(scales, panels, groups), _by_panel(minima, panels, groups)), dim=2)
+    else:
+        packed = _aligned(codes.view(panels, LANES, -1, 4).permute(0, 2, 1, 3))
+        scales = _by_panel(scales, panels, groups)
+    if bias is not None:
+        bias = F.pad(bias.float(), (0, -rows % LANES)).contiguous()
+    return PackedMatrix(format, rows, columns, packed, _aligned(scales), bias)
+
+
+def _by_panel(values: Tensor, panels: int, groups: int) -> Tensor:
+    """(rows, groups) -> (panels, groups, 16)."""
+    values = F.pad(values, (0, groups - values.shape[1], 0, panels * LANES - values.shape[0]))
+    return values.view(panels, LANES, groups).transpose(1, 2)
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """A contiguous copy at the start of a page; large ones in huge pages, which a pass over all weights is glad of."""
+    size = max(values.numel() * values.element_size(), 1)
+    memory = mmap.mmap(-1, size)
+    if size >= 1 << 21 and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel()).view(values.shape)
+    return copy.copy_(values)
+
+
+class FusedModel:
+    """A decoder of packed matrices, and the cache it attends over. Everything handed in is kept alive here."""
+
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        inner: int,
+        vocabulary: int,
+        norm_eps: float,
+        attention_scale: float,
+        activation: str,
+        layer_norm: bool = False,
+        gated: bool = True,
+        rope_factor: float = 1.0,
+        instruction_set: str = "",
+    ) -> None:
+        sizes = {
+            "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "inner": inner,
+            "vocabulary": vocabulary, "norm_eps": norm_eps, "attention_scale": attention_scale,
+            "activation": ACTIVATIONS.index(activation), "layer_norm": int(layer_norm), "gated": int(gated),
+            "rope_factor": rope_factor,
+        }  # fmt: skip
+        self._fused = _kernels.Fused(instruction_set, sizes)
+        self._kept: list[Any] = []
+        self.hidden, self.vocabulary = hidden, vocabulary
+        self._logits = torch.empty(0, vocabulary)
+        self.weight_bytes = 0  # read by a step of one token
+
+    @property
+    def instruction_set(self) -> str:
+        """Which copy of the loops runs."""
+        return self._fused.instruction_set
+
+    def add_layer(
+        self,
+        *,
+        attention_norm: tuple[Tensor, Tensor | None],
+        mlp_norm: tuple[Tensor, Tensor | None],
+        qkv: PackedMatrix,
+        out: PackedMatrix,
+        up: PackedMatrix,
+        down: PackedMatrix,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        window: int | None = None,
+    ) -> None:
+        """Append a layer. `up` of a gated MLP: 16 rows of the gate, 16 of up, and so on (see `interleave`)."""
+        for matrix in (qkv, out, up, down):
+            self._keep(matrix)
+        self._fused.add_layer(
+            self._norm(*attention_norm), self._norm(*mlp_norm), qkv.fields(), out.fields(), up.fields(), down.fields(),
+            self._floats(q_norm), self._floats(k_norm), window or 0,
+        )  # fmt: skip
+
+    def set_ends(
+        self,
+        *,
+        final_norm: tuple[Tensor, Tensor | None],
+        head: PackedMatrix,
+        embedding: Tensor | None,
+        positions: Tensor | None,
+        frequencies: Tensor | None,
+    ) -> None:
+        """The embeddings (None: the head's own rows), positions learned or rotary, final norm and head."""
+        if embedding is not None:
+            assert embedding.dtype == torch.bfloat16 and embedding.shape == (self.vocabulary, self.hidden)
+            embedding = embedding.contiguous()
+            self._kept.append(embedding)
+        self._keep(head)
+        count = 0 if positions is None else len(positions)
+        self._fused.set_ends(
+            self._norm(*final_norm), head.fields(), 0 if embedding is None else embedding.data_ptr(),
+            self._floats(positions), count, self._floats(frequencies),
+        )  # fmt: skip
+
+    def set_cache(self, keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None, num_blocks: int) -> None:
+        """Pools of (layers, K, num_blocks * 16, E) bfloat16; or int8, with scales (layers, K, num_blocks * 16)."""
+        assert keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape
+        assert keys.shape[2] == num_blocks * LANES
+        self._cache = (keys, values, scales)
+        key_scales, value_scales = scales or (None, None)
+        self._fused.set_cache(
+            scales is not None, keys.data_ptr(), values.data_ptr(), 0 if key_scales is None else key_scales.data_ptr(),
+            0 if value_scales is None else value_scales.data_ptr(), num_blocks,
+        )  # fmt: skip
+
+    def forward(self, token_ids: list[int], spans: list[tuple[int, int, list[int]]]) -> Tensor:
+        """Hidden states after the final norm, (T, D) float32, of sequences' tokens one after the other.
+
+        spans: (position of the first token, number of tokens, cache blocks) of each sequence.
+        """
+        hidden = torch.empty(len(token_ids), self.hidden)
+        self._fused.forward(token_ids, spans, hidden.data_ptr())
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V) float32, in memory that the next call uses again (up to 64 rows).
+
+        Fresh memory for 16 rows of 49,152 words is 800 pages to map and unmap: half a millisecond a step.
+        """
+        assert hidden.dtype == torch.float32 and hidden.shape[1] == self.hidden
+        hidden = hidden.contiguous()
+        if len(hidden) > _KEPT_ROWS:
+            out = torch.empty(len(hidden), self.vocabulary)
+        else:
+            if len(hidden) > len(self._logits):
+                self._logits = torch.empty(len(hidden), self.vocabulary)
+            out = self._logits[: len(hidden)]
+        if len(hidden):
+            self._fused.logits(hidden.data_ptr(), len(hidden), out.data_ptr())
+        return out
+
+    def _keep(self, matrix: PackedMatrix) -> None:
+        self._kept.append(matrix)
+        self.weight_bytes += matrix.nbytes
+
+    def _floats(self, values: Tensor | None) -> int:
+        if values is None:
+            return 0
+        values = values.detach().float().contiguous()
+        self._kept.append(values)
+        return values.data_ptr()
+
+    def _norm(self, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+        return self._floats(weight), self._floats(bias)
+
+
+def product(matrix: PackedMatrix, x: Tensor, instruction_set: str = "") -> Tensor:
+    """x Wᵀ + b: (N, columns) float32 -> (N, rows), by the named copy of the loops."""
+    assert x.dtype == torch.float32 and x.shape[1] == matrix.columns
+    x = x.contiguous()
+    y = torch.empty(len(x), matrix.rows)
+    _kernels.product(instruction_set, matrix.fields(), x.data_ptr(), len(x), y.data_ptr())
+    return y
+
+
+def gemv_rate(num_bytes: int, seconds: float = 0.5) -> float:
+    """Bytes a second at which this machine reads `num_bytes` of weights for the plainest int8 product: the limit."""
+    import time
+
+    codes = _aligned(torch.ones(num_bytes // 256 * 256, dtype=torch.uint8))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        begun = time.perf_counter()
+        _kernels.read_codes(codes.data_ptr(), codes.nbytes)
+        best = min(best, time.perf_counter() - begun)
+    return codes.nbytes / best

@@ -1,0 +1,207 @@
+// The fused model as a Python object: it checks every size and index before anything is computed, so that no input
+// reads or writes outside, and picks the instruction set.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "model.h"
+
+namespace nb = nanobind;
+
+namespace bimo {
+namespace {
+
+void require(bool condition, const char* message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+std::vector<const Kernels*> runnable() {
+    std::vector<const Kernels*> found;
+#ifdef BIMO_X86
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni");
+    if (v4 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16_kernels);
+    if (v4) found.push_back(&avx512_kernels);
+    if (v3) found.push_back(&avx2_kernels);
+#endif
+    found.push_back(&portable_kernels);
+    return found;
+}
+
+const Kernels* kernels_named(const std::string& name) {
+    const auto all = runnable();
+    for (const Kernels* kernels : all)
+        if (name.empty() || name == kernels->name) return kernels;
+    throw std::invalid_argument("this processor has no instructions for " + name);
+}
+
+const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+// (format, rows, columns, codes, bytes of codes, scales, bytes of scales, bias or 0)
+Matrix matrix_of(const nb::tuple& t) {
+    require(t.size() == 8, "a matrix has eight fields");
+    Matrix w;
+    const int format = nb::cast<int>(t[0]);
+    require(format >= 0 && format <= 1, "unknown matrix format");
+    w.format = static_cast<Format>(format);
+    w.rows = nb::cast<int64_t>(t[1]);
+    w.columns = nb::cast<int64_t>(t[2]);
+    require(w.rows > 0 && w.columns > 0, "a matrix has rows and columns");
+    w.padded = (w.columns + GROUP - 1) / GROUP * GROUP;
+    w.panels = (w.rows + LANES - 1) / LANES;
+    w.codes = reinterpret_cast<const uint8_t*>(nb::cast<uintptr_t>(t[3]));
+    require(nb::cast<int64_t>(t[4]) == w.panels * w.panel_bytes(), "codes of another size than the matrix");
+    w.scales = reinterpret_cast<const uint16_t*>(nb::cast<uintptr_t>(t[5]));
+    const int64_t per_panel = w.groups() * (w.format == Format::BLOCK4 ? 64 : 32);
+    require(nb::cast<int64_t>(t[6]) == w.panels * per_panel, "scales of another size than the matrix");
+    w.bias = floats(nb::cast<uintptr_t>(t[7]));
+    return w;
+}
+
+Norm norm_of(const nb::tuple& t) { return {floats(nb::cast<uintptr_t>(t[0])), floats(nb::cast<uintptr_t>(t[1]))}; }
+
+class Fused {
+   public:
+    Fused(const std::string& isa, const nb::dict& sizes) : kernels_(kernels_named(isa)) {
+        auto whole = [&](const char* key) { return nb::cast<int64_t>(sizes[key]); };
+        auto real = [&](const char* key) { return nb::cast<float>(sizes[key]); };
+        m_.hidden = whole("hidden"), m_.heads = whole("heads"), m_.kv_heads = whole("kv_heads");
+        m_.head_dim = whole("head_dim"), m_.inner = whole("inner"), m_.vocabulary = whole("vocabulary");
+        m_.layer_norm = whole("layer_norm"), m_.gated = whole("gated");
+        m_.activation = static_cast<Activation>(whole("activation"));
+        m_.norm_eps = real("norm_eps"), m_.attention_scale = real("attention_scale");
+        m_.rope_factor = real("rope_factor");
+        require(m_.hidden > 0 && m_.hidden % LANES == 0, "hidden_size must be a multiple of 16");
+        require(m_.head_dim > 0 && m_.head_dim % LANES == 0 && m_.head_dim <= 256, "head_dim must be 16, 32, ... 256");
+        require(m_.kv_heads > 0 && m_.heads % m_.kv_heads == 0 && m_.heads / m_.kv_heads <= 24,
+                "heads must be a multiple of kv_heads, at most 24 to one");
+        require(whole("activation") >= 0 && whole("activation") <= 3, "unknown activation");
+    }
+
+    void add_layer(const nb::tuple& attention_norm, const nb::tuple& mlp_norm, const nb::tuple& qkv,
+                   const nb::tuple& out, const nb::tuple& up, const nb::tuple& down, uintptr_t q_norm,
+                   uintptr_t k_norm, int64_t window) {
+        Layer layer;
+        layer.attention_norm = norm_of(attention_norm), layer.mlp_norm = norm_of(mlp_norm);
+        layer.qkv = matrix_of(qkv), layer.out = matrix_of(out), layer.up = matrix_of(up), layer.down = matrix_of(down);
+        layer.q_norm = floats(q_norm), layer.k_norm = floats(k_norm), layer.window = window;
+        require(layer.attention_norm.weight && layer.mlp_norm.weight, "a layer needs its norms");
+        require(!m_.layer_norm || (layer.attention_norm.bias && layer.mlp_norm.bias), "LayerNorm needs its biases");
+        require(layer.qkv.columns == m_.hidden && layer.qkv.rows == (m_.heads + 2 * m_.kv_heads) * m_.head_dim,
+                "qkv of another shape than the model");
+        require(layer.out.columns == m_.heads * m_.head_dim && layer.out.rows == m_.hidden,
+                "out of another shape than the model");
+        require(layer.down.columns == m_.inner && layer.down.rows == m_.hidden, "down of another shape than the model");
+        require(layer.up.columns == m_.hidden && layer.up.rows == layer.down.padded * (m_.gated ? 2 : 1),
+                "up of another shape than the model");
+        require(window >= 0, "a window is positive, or 0 for none");
+        m_.layers.push_back(layer);
+    }
+
+    void set_ends(const nb::tuple& final_norm, const nb::tuple& head, uintptr_t embedding, uintptr_t positions,
+                  int64_t num_positions, uintptr_t frequencies) {
+        m_.final_norm = norm_of(final_norm), m_.head = matrix_of(head);
+        m_.embedding = reinterpret_cast<const uint16_t*>(embedding);
+        m_.positions = floats(positions), m_.num_positions = num_positions, m_.frequencies = floats(frequencies);
+        require(m_.final_norm.weight, "the model needs its final norm");
+        require(m_.head.rows == m_.vocabulary && m_.head.columns == m_.hidden, "head of another shape than the model");
+        require(m_.embedding || m_.head.format != Format::BLOCK4, "a 4-bit head cannot be the embedding");
+    }
+
+    void set_cache(bool int8, uintptr_t keys, uintptr_t values, uintptr_t key_scales, uintptr_t value_scales,
+                   int64_t num_blocks) {
+        require(keys && values && num_blocks > 0 && (!int8 || (key_scales && value_scales)), "the cache is not whole");
+        m_.kv_int8 = int8, m_.num_blocks = num_blocks;
+        m_.keys = reinterpret_cast<char*>(keys), m_.values = reinterpret_cast<char*>(values);
+        m_.key_scales = reinterpret_cast<float*>(key_scales), m_.value_scales = reinterpret_cast<float*>(value_scales);
+    }
+
+    // spans: (start, count, [blocks]) of each sequence, in the order of their tokens; hidden: [T][D] floats.
+    void forward(const std::vector<int64_t>& token_ids, const nb::list& spans, uintptr_t hidden) {
+        require(m_.head.codes && m_.keys, "the model has no head or no cache yet");
+        Step step;
+        step.num_tokens = int64_t(token_ids.size());
+        step.token_ids = token_ids.data();
+        step.hidden = reinterpret_cast<float*>(hidden);
+        require(step.num_tokens > 0, "a step has at least one token");
+        for (int64_t id : token_ids) require(id >= 0 && id < m_.vocabulary, "a token id outside the vocabulary");
+        std::vector<int64_t> blocks;
+        std::vector<int64_t> begins;
+        int64_t row = 0;
+        for (nb::handle item : spans) {
+            const nb::tuple span = nb::cast<nb::tuple>(item);
+            const int64_t start = nb::cast<int64_t>(span[0]), count = nb::cast<int64_t>(span[1]);
+            const nb::list table = nb::cast<nb::list>(span[2]);
+            const int64_t needed = (start + count + LANES - 1) / LANES;
+            require(start >= 0 && count > 0, "a span has a start and at least one token");
+            require(needed <= int64_t(table.size()), "a span reaches beyond its blocks");
+            require(!m_.positions || start + count <= m_.num_positions, "a position beyond the model's");
+            begins.push_back(int64_t(blocks.size()));
+            for (int64_t i = 0; i < needed; i++) {
+                const int64_t block = nb::cast<int64_t>(table[i]);
+                require(block >= 0 && block < m_.num_blocks, "a block outside the cache");
+                blocks.push_back(block);
+            }
+            step.spans.push_back({row, start, count, nullptr});
+            row += count;
+        }
+        require(row == step.num_tokens, "spans and tokens differ in number");
+        for (size_t i = 0; i < begins.size(); i++) step.spans[i].blocks = blocks.data() + begins[i];
+        nb::gil_scoped_release others_may_run;
+        kernels_->forward(m_, step);
+    }
+
+    void logits(uintptr_t hidden, int64_t rows, uintptr_t out) {
+        require(m_.head.codes && rows > 0, "no head, or no rows");
+        nb::gil_scoped_release others_may_run;
+        kernels_->logits(m_, floats(hidden), rows, reinterpret_cast<float*>(out));
+    }
+
+    const char* isa() const { return kernels_->name; }
+
+   private:
+    Model m_;
+    const Kernels* kernels_;
+};
+
+void product(const std::string& isa, const nb::tuple& matrix, uintptr_t x, int64_t rows, uintptr_t y) {
+    const Matrix w = matrix_of(matrix);
+    require(rows > 0, "at least one row");
+    kernels_named(isa)->product(w, floats(x), rows, reinterpret_cast<float*>(y));
+}
+
+double read_codes(uintptr_t codes, int64_t bytes) {
+    nb::gil_scoped_release others_may_run;
+    return runnable().front()->read_codes(reinterpret_cast<const uint8_t*>(codes), bytes);
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : runnable()) names.emplace_back(kernels->name);
+    return names;
+}
+
+}  // namespace
+
+void bind_fused(nb::module_& m) {
+    nb::set_leak_warnings(false);  // a model that lives until the process ends is no leak
+    nb::class_<Fused>(m, "Fused")
+        .def(nb::init<const std::string&, const nb::dict&>())
+        .def("add_layer", &Fused::add_layer)
+        .def("set_ends", &Fused::set_ends)
+        .def("set_cache", &Fused::set_cache)
+        .def("forward", &Fused::forward)
+        .def("logits", &Fused::logits)
+        .def_prop_ro("instruction_set", &Fused::isa);
+    m.def("product", &product);
+    m.def("read_codes", &read_codes);
+    m.def("instruction_sets", &instruction_sets);
+}
+
+}  // namespace bimo

@@ -1,0 +1,93 @@
+// What a model looks like to the fused step: sizes, packed matrices, one step's work. Plain data, no instructions of
+// any one processor; Python owns the memory behind every pointer (bimo_kernels/fused.py) and keeps it alive.
+//
+// Legend: T tokens (rows) of a step, D hidden_size, F intermediate_size, H query heads, K key/value heads, G = H / K,
+// E head_dim, V vocabulary. A *panel* is 16 output rows of a matrix side by side, the width of one vector of results.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace bimo {
+
+constexpr int64_t LANES = 16;       // results computed side by side; also the tokens of a cache block
+constexpr int64_t TILE = 8;         // activation rows that share one pass over a panel
+constexpr int64_t GROUP = 32;       // columns that share a scale, of weights (as GGUF's blocks have) and activations
+
+// Weights are unsigned codes q; w = scale * (q - 128) for 8 bits, w = scale * q + minimum for 4.
+//   BLOCK8   codes [panel][columns/4][16][4], scales float16 [panel][columns/32][16]
+//   BLOCK4   codes [panel][columns/32][4][64]: byte b of part i holds column 4i + b%4 (low half) and 16 + 4i + b%4
+//            (high half) of row b/4; scales and minima float16 [panel][columns/32][2][16]
+enum class Format : int { BLOCK8, BLOCK4 };
+
+struct Matrix {
+    Format format = Format::BLOCK8;
+    int64_t rows = 0, columns = 0;  // of the plain matrix: y[rows] = W x[columns]
+    int64_t padded = 0;             // columns rounded up to a whole group; what lies beyond is zero
+    int64_t panels = 0;
+    const uint8_t* codes = nullptr;
+    const uint16_t* scales = nullptr;  // IEEE halves
+    const float* bias = nullptr;    // [panels * 16], or none
+
+    int64_t groups() const { return padded / GROUP; }
+    int64_t panel_bytes() const { return format == Format::BLOCK4 ? padded * LANES / 2 : padded * LANES; }
+};
+
+struct Norm {
+    const float* weight = nullptr;
+    const float* bias = nullptr;  // LayerNorm's; none: RMSNorm
+};
+
+struct Layer {
+    Norm attention_norm, mlp_norm;
+    Matrix qkv, out, up, down;  // `up`: gate and up panels in turn when the MLP is gated
+    const float *q_norm = nullptr, *k_norm = nullptr;
+    int64_t window = 0;  // 0: all tokens are seen
+};
+
+enum class Activation : int { SILU, GELU, GELU_TANH, RELU };
+
+struct Model {
+    int64_t hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, inner = 0, vocabulary = 0;
+    bool layer_norm = false, gated = true, kv_int8 = false;
+    float norm_eps = 1e-5f, attention_scale = 1.0f, rope_factor = 1.0f;
+    Activation activation = Activation::SILU;
+    std::vector<Layer> layers;
+    Norm final_norm;
+    Matrix head;
+    const uint16_t* embedding = nullptr;   // bfloat16 [V][D]; none: the rows of `head`, which is tied
+    const float* positions = nullptr;      // learned [num_positions][D], or none
+    int64_t num_positions = 0;
+    const float* frequencies = nullptr;    // rotary [E / 2], or none
+    // The cache, a layer after the other. bfloat16: keys [K][block][E/2][16][2], values [K][block][8][E][2]; int8: the
+    // same order, and one float32 scale a token and head [K][block][16] each.
+    char *keys = nullptr, *values = nullptr;
+    float *key_scales = nullptr, *value_scales = nullptr;
+    int64_t num_blocks = 0;
+};
+
+struct Span {  // a sequence's tokens in a step
+    int64_t row, start, count;  // its first row, the position of that token, tokens
+    const int64_t* blocks;
+};
+
+struct Step {
+    int64_t num_tokens = 0;
+    const int64_t* token_ids = nullptr;
+    std::vector<Span> spans;
+    float* hidden = nullptr;  // out: [T][D], after the final norm
+};
+
+// What each instruction set provides.
+struct Kernels {
+    const char* name;
+    void (*forward)(const Model&, const Step&);
+    void (*logits)(const Model&, const float* hidden, int64_t rows, float* out);
+    void (*product)(const Matrix&, const float* x, int64_t rows, float* y);  // for tests: y = W x
+    double (*read_codes)(const uint8_t* codes, int64_t bytes);               // for limits: a plain int8 GEMV's pace
+};
+extern const Kernels portable_kernels;
+#ifdef BIMO_X86
+extern const Kernels avx2_kernels, avx512_kernels, avx512bf16_kernels;
+#endif
+
+}  // namespace bimo

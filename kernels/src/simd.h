@@ -1,0 +1,226 @@
+// Sixteen numbers side by side, and the three products that a processor may have an instruction for. Compiled once for
+// each instruction set, in a namespace of its own (BIMO_ISA), so that no copy is taken for another's.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace bimo {
+namespace BIMO_ISA {
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+
+template <typename V, typename T>
+INLINE V load(const T* from) {
+    V value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+template <typename V, typename T>
+INLINE void store(T* to, V value) {
+    std::memcpy(to, &value, sizeof value);
+}
+INLINE f32x16 splat(float x) { return x - f32x16{}; }
+INLINE f32x16 to_float(i32x16 x) { return __builtin_convertvector(x, f32x16); }
+INLINE f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+
+// Across the lanes: halves with halves.
+INLINE float sum(f32x16 x) {
+    f32x8 eight[2];
+    std::memcpy(eight, &x, sizeof x);
+    eight[0] += eight[1];
+    f32x4 four[2];
+    std::memcpy(four, eight, sizeof four);
+    four[0] += four[1];
+    return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
+}
+INLINE int32_t sum(i32x16 x) {
+    i32x8 eight[2];
+    std::memcpy(eight, &x, sizeof x);
+    eight[0] += eight[1];
+    i32x4 four[2];
+    std::memcpy(four, eight, sizeof four);
+    four[0] += four[1];
+    return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
+}
+INLINE float largest(f32x16 x) {
+    f32x8 eight[2];
+    std::memcpy(eight, &x, sizeof x);
+    eight[0] = eight[0] > eight[1] ? eight[0] : eight[1];
+    f32x4 four[2];
+    std::memcpy(four, eight, sizeof four);
+    four[0] = four[0] > four[1] ? four[0] : four[1];
+    const float a = four[0][0] > four[0][2] ? four[0][0] : four[0][2];
+    const float b = four[0][1] > four[0][3] ? four[0][1] : four[0][3];
+    return a > b ? a : b;
+}
+
+INLINE float from_bf16(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+INLINE uint16_t to_bf16(float x) {  // round to nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 64);
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+INLINE u16x16 to_bf16(f32x16 x) {
+    u32x16 bits = (u32x16)x;
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(bits, u16x16);
+}
+INLINE f32x16 half_to_float(const uint16_t* from) {  // 16 IEEE halves
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__F16C__)
+    f32x16 value;
+    float* to = (float*)&value;
+    _mm256_store_ps(to, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)));
+    _mm256_store_ps(to + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + 8))));
+    return value;
+#else
+    // Halves to floats by exponent arithmetic: shift the bits into place, multiply by 2^112 to correct the bias
+    // (subnormals come out right by themselves; weights' scales are never infinite).
+    u32x16 bits = __builtin_convertvector(load<u16x16>(from), u32x16);
+    f32x16 value = (f32x16)((bits & 0x7fff) << 13) * 5.192296858534828e33f;
+    return (f32x16)((u32x16)value | ((bits & 0x8000) << 16));
+#endif
+}
+
+// e^x for x <= 0, relative error below 2e-7 down to e^-87, 0 below: 2^n times a polynomial.
+INLINE f32x16 exp_negative(f32x16 x) {
+    f32x16 scaled = x * 1.44269504f;
+    scaled = scaled < -126.0f ? splat(-126.0f) : scaled;
+    i32x16 n = __builtin_convertvector(scaled - 0.5f, i32x16);  // towards zero: the nearest, as scaled <= 0
+    f32x16 r = (scaled - to_float(n)) * 0.69314718f;
+    f32x16 power =
+        1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (0.041666668f + r * (0.008333334f + r * 0.0013888889f)))));
+    f32x16 result = power * (f32x16)((n + 127) << 23);
+    return x < -87.0f ? splat(0.0f) : result;
+}
+
+// --- 4 unsigned by 4 signed bytes in each of 16 lanes, added to 32-bit sums -------------------------------------------
+
+#if defined(__AVX512VNNI__)
+typedef __m512i Codes;
+INLINE Codes load_codes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+INLINE i32x16 dot4(i32x16 total, Codes codes, const int8_t* four) {
+    int32_t bytes;
+    std::memcpy(&bytes, four, 4);
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)total, codes, _mm512_set1_epi32(bytes));
+}
+INLINE void load_halves(const uint8_t* from, Codes& low, Codes& high) {
+    const __m512i both = _mm512_loadu_si512(from), mask = _mm512_set1_epi8(15);
+    low = _mm512_and_si512(both, mask);
+    high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+}
+#elif defined(__AVX2__)
+// vpmaddubsw would saturate: bytes are widened to 16 bits, those at even places apart from those at odd ones.
+struct Codes {
+    __m256i even[2], odd[2];
+};
+INLINE Codes split_codes(__m256i a, __m256i b) {
+    const __m256i mask = _mm256_set1_epi16(255);
+    return {{_mm256_and_si256(a, mask), _mm256_and_si256(b, mask)}, {_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8)}};
+}
+INLINE Codes load_codes(const uint8_t* from) {
+    return split_codes(_mm256_loadu_si256((const __m256i*)from), _mm256_loadu_si256((const __m256i*)(from + 32)));
+}
+INLINE i32x16 dot4(i32x16 total, const Codes& codes, const int8_t* four) {
+    int32_t bytes;
+    std::memcpy(&bytes, four, 4);
+    const __m256i all = _mm256_set1_epi32(bytes);
+    const __m256i odd = _mm256_srai_epi16(all, 8), even = _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8);
+    __m256i sums[2];
+    std::memcpy(sums, &total, sizeof total);
+    for (int i = 0; i < 2; i++)
+        sums[i] = _mm256_add_epi32(sums[i], _mm256_add_epi32(_mm256_madd_epi16(codes.even[i], even),
+                                                             _mm256_madd_epi16(codes.odd[i], odd)));
+    std::memcpy(&total, sums, sizeof total);
+    return total;
+}
+INLINE void load_halves(const uint8_t* from, Codes& low, Codes& high) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    const __m256i a = _mm256_loadu_si256((const __m256i*)from), b = _mm256_loadu_si256((const __m256i*)(from + 32));
+    low = split_codes(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+    high = split_codes(_mm256_and_si256(_mm256_srli_epi16(a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(b, 4), mask));
+}
+#else
+struct Codes {
+    uint8_t byte[64];
+};
+INLINE Codes load_codes(const uint8_t* from) { return load<Codes>(from); }
+INLINE i32x16 dot4(i32x16 total, const Codes& codes, const int8_t* four) {
+    for (int lane = 0; lane < 16; lane++) {
+        int32_t sum = 0;
+        for (int i = 0; i < 4; i++) sum += int32_t(codes.byte[4 * lane + i]) * four[i];
+        total[lane] += sum;
+    }
+    return total;
+}
+INLINE void load_halves(const uint8_t* from, Codes& low, Codes& high) {
+    for (int i = 0; i < 64; i++) {
+        low.byte[i] = from[i] & 15;
+        high.byte[i] = from[i] >> 4;
+    }
+}
+#endif
+
+// --- pairs of bfloat16 in each of 16 lanes, and pairs of int8 by int16 ------------------------------------------------
+
+INLINE f32x16 dot2(f32x16 total, const uint16_t* pairs, const uint16_t* two) {
+    uint32_t bits;
+    std::memcpy(&bits, two, 4);
+#if defined(__AVX512BF16__)
+    return (f32x16)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(pairs),
+                                    (__m512bh)_mm512_set1_epi32(int32_t(bits)));
+#else
+    const u32x16 both = load<u32x16>(pairs);
+    total += (f32x16)(both << 16) * from_bf16(uint16_t(bits));
+    return total + (f32x16)(both & 0xffff0000u) * from_bf16(uint16_t(bits >> 16));
+#endif
+}
+
+INLINE i32x16 dot2(i32x16 total, const int8_t* pairs, const int16_t* two) {
+    int32_t bits;
+    std::memcpy(&bits, two, 4);
+#if defined(__AVX512VNNI__)
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)pairs));
+    return (i32x16)_mm512_dpwssd_epi32((__m512i)total, wide, _mm512_set1_epi32(bits));
+#elif defined(__AVX2__)
+    __m256i sums[2];
+    std::memcpy(sums, &total, sizeof total);
+    const __m256i all = _mm256_set1_epi32(bits);
+    for (int i = 0; i < 2; i++) {
+        const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(pairs + 16 * i)));
+        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(wide, all));
+    }
+    std::memcpy(&total, sums, sizeof total);
+    return total;
+#else
+    for (int lane = 0; lane < 16; lane++)
+        total[lane] += int32_t(pairs[2 * lane]) * two[0] + int32_t(pairs[2 * lane + 1]) * two[1];
+    return total;
+#endif
+}
+
+}  // namespace BIMO_ISA
+}  // namespace bimo

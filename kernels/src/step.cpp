@@ -1,0 +1,415 @@
+// One step of a decoder: all its layers over a row of tokens, in one parallel region. Compiled once for each
+// instruction set (BIMO_ISA names it); the formulas are those of bimo/models/{decoder,attention,layers}.py.
+//
+// A layer, and where the threads meet (|):
+//   norm, quantise | q k v, rotate, store in the cache | attend | quantise | out, add | norm, quantise |
+//   gate and up, activate, quantise | down, add |
+#include <algorithm>
+#include <memory>
+
+#include "attention.h"
+#include "product.h"
+#include "team.h"
+
+namespace bimo {
+namespace BIMO_ISA {
+
+namespace {
+
+struct Task {  // attention: one head group of some tokens of a sequence
+    const Span* span;
+    int64_t head, first, tokens;
+};
+
+struct Buffers {
+    float *x, *attended, *angles, *query_scales;
+    char* queries;
+    char *normed, *heads, *inner;  // quantised
+    std::vector<Task> tasks;
+};
+
+// Memory that is asked for once and grows: a step allocates nothing.
+char* scratch(int which, int64_t bytes) {
+    static thread_local std::vector<char> memory[8];
+    if (int64_t(memory[which].size()) < bytes + 64) memory[which].resize(bytes + 64);
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory[which].data()) + 63) & ~uintptr_t(63));
+}
+
+INLINE float reciprocal_rms(const float* x, int64_t size, float eps) {
+    f32x16 squares = {};
+    for (int64_t i = 0; i < size; i += LANES) {
+        const f32x16 v = load<f32x16>(x + i);
+        squares += v * v;
+    }
+    return 1.0f / std::sqrt(sum(squares) / float(size) + eps);
+}
+
+INLINE void normalise(const Model& m, const Norm& norm, const float* x, float* y) {
+    const int64_t size = m.hidden;
+    if (!m.layer_norm) {
+        const float scale = reciprocal_rms(x, size, m.norm_eps);
+        for (int64_t i = 0; i < size; i += LANES)
+            store(y + i, load<f32x16>(x + i) * scale * load<f32x16>(norm.weight + i));
+        return;
+    }
+    f32x16 total = {}, squares = {};
+    for (int64_t i = 0; i < size; i += LANES) total += load<f32x16>(x + i);
+    const float mean = sum(total) / float(size);
+    for (int64_t i = 0; i < size; i += LANES) {
+        const f32x16 v = load<f32x16>(x + i) - mean;
+        squares += v * v;
+    }
+    const float scale = 1.0f / std::sqrt(sum(squares) / float(size) + m.norm_eps);
+    for (int64_t i = 0; i < size; i += LANES)
+        store(y + i, (load<f32x16>(x + i) - mean) * scale * load<f32x16>(norm.weight + i) + load<f32x16>(norm.bias + i));
+}
+
+INLINE f32x16 activate(Activation kind, f32x16 x) {
+    if (kind == Activation::RELU) return larger(x, f32x16{});
+    if (kind == Activation::GELU) {
+        for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
+        return x;
+    }
+    // x times sigmoid(z): z = x for SiLU; GELU's tanh form is x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
+    const f32x16 z = kind == Activation::SILU ? x : 1.59576912f * (x + 0.044715f * x * x * x);
+    const f32x16 e = exp_negative(z < 0.0f ? z : -z);
+    return x * (z < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+}
+
+// Norm (or none) and quantisation of rows, tile by tile.
+INLINE void quantise_rows(const Model& m, const Norm* norm, const float* x, int64_t columns, Activations& to,
+                          int number, int size) {
+    float* normed = norm ? reinterpret_cast<float*>(scratch(0, columns * 4)) : nullptr;
+    const Share tiles(to.tiles(), number, size);
+    for (int64_t tile = tiles.first; tile < tiles.end; tile++) {
+        for (int64_t row = tile * TILE; row < to.rows && row < (tile + 1) * TILE; row++) {
+            const float* from = x + row * columns;
+            if (norm) {
+                normalise(m, *norm, from, normed);
+                from = normed;
+            }
+            quantise_row(to, row, from, columns);
+        }
+        clear_padding_rows(to, tile);
+    }
+}
+
+// One head of one token, E floats: q/k norm, rotation by the token's angles (cos, then sin, E/2 each).
+INLINE void turn(const Model& m, const float* norm, const float* angles, float* head) {
+    const int64_t dim = m.head_dim, half = dim / 2;
+    if (norm) {
+        const float scale = reciprocal_rms(head, dim, m.norm_eps);
+        for (int64_t i = 0; i < dim; i += LANES) store(head + i, load<f32x16>(head + i) * scale * load<f32x16>(norm + i));
+    }
+    if (!m.frequencies) return;
+    for (int64_t i = 0; i < half; i++) {
+        const float a = head[i], b = head[i + half], cosine = angles[i], sine = angles[half + i];
+        head[i] = a * cosine - b * sine;
+        head[i + half] = b * cosine + a * sine;
+    }
+}
+
+INLINE float peak_of(const float* x, int64_t size) {
+    f32x16 most = {};
+    for (int64_t i = 0; i < size; i += LANES) {
+        const f32x16 v = load<f32x16>(x + i);
+        most = larger(most, v < 0.0f ? -v : v);
+    }
+    return largest(most);
+}
+
+template <typename T>
+INLINE void to_whole(const float* x, int64_t size, float inverse, T* to) {
+    for (int64_t i = 0; i < size; i++) to[i] = T(std::lrintf(x[i] * inverse));
+}
+
+INLINE void put_query(const Model& m, Buffers& b, int64_t row, int64_t head, float* q) {
+    const int64_t dim = m.head_dim, place = row * m.heads + head;
+    if (!m.kv_int8) {
+        auto* to = reinterpret_cast<uint16_t*>(b.queries) + place * dim;
+        for (int64_t i = 0; i < dim; i += LANES) store(to + i, to_bf16(load<f32x16>(q + i) * m.attention_scale));
+        return;
+    }
+    const float peak = peak_of(q, dim);
+    to_whole(q, dim, peak > 1e-30f ? 32767.0f / peak : 0.0f, reinterpret_cast<int16_t*>(b.queries) + place * dim);
+    b.query_scales[place] = m.attention_scale * peak / 32767.0f;
+}
+
+template <typename T>
+INLINE void scatter(const T* from, int64_t dim, int64_t slot, bool is_key, T* block) {
+    if (is_key) {
+        for (int64_t e = 0; e < dim; e += 2) std::memcpy(block + e * LANES + 2 * slot, from + e, 2 * sizeof(T));
+        return;
+    }
+    if (slot == 0) std::memset(block, 0, LANES * dim * sizeof(T));  // a weight of 0 must meet numbers, not leftovers
+    T* to = block + slot / 2 * 2 * dim + slot % 2;
+    for (int64_t e = 0; e < dim; e++) to[2 * e] = from[e];
+}
+
+// A key or value of one head into its slot of the cache.
+INLINE void put_cache(const Model& m, int64_t layer, int64_t head, bool is_key, int64_t block, int64_t slot,
+                      const float* x) {
+    const int64_t dim = m.head_dim, place = (layer * m.kv_heads + head) * m.num_blocks + block;
+    char* pool = is_key ? m.keys : m.values;
+    if (!m.kv_int8) {
+        uint16_t rounded[256];
+        for (int64_t i = 0; i < dim; i += LANES) store(rounded + i, to_bf16(load<f32x16>(x + i)));
+        return scatter(rounded, dim, slot, is_key, reinterpret_cast<uint16_t*>(pool) + place * LANES * dim);
+    }
+    const float peak = peak_of(x, dim);
+    int8_t whole[256];
+    to_whole(x, dim, peak > 1e-30f ? 127.0f / peak : 0.0f, whole);
+    scatter(whole, dim, slot, is_key, reinterpret_cast<int8_t*>(pool) + place * LANES * dim);
+    float* scales = (is_key ? m.key_scales : m.value_scales) + place * LANES;
+    if (slot == 0) std::memset(scales, 0, LANES * sizeof(float));
+    scales[slot] = peak / 127.0f;
+}
+
+// Heads of q, k and v: a head is head_dim / 16 panels of the matrix, and belongs to one thread.
+INLINE void make_heads(const Model& m, int64_t number_of_layer, const Step& step, const Activations& normed, Buffers& b,
+                       int number, int size) {
+    const Layer& layer = m.layers[number_of_layer];
+    const int64_t dim = m.head_dim, panels = dim / LANES;
+    alignas(64) float out[256 * TILE], head[256];
+    const Share heads(m.heads + 2 * m.kv_heads, number, size);
+    for (int64_t h = heads.first; h < heads.end; h++) {
+        const bool is_query = h < m.heads, is_key = !is_query && h < m.heads + m.kv_heads;
+        const float* norm = is_query ? layer.q_norm : is_key ? layer.k_norm : nullptr;
+        const Span* span = step.spans.data();
+        for (int64_t tile = 0; tile < normed.tiles(); tile++) {
+            const int64_t width = normed.width(tile);
+            multiply_panels(layer.qkv, h * panels, panels, normed, tile, out);
+            for (int64_t row = tile * TILE; row < step.num_tokens && row < (tile + 1) * TILE; row++) {
+                for (int64_t p = 0; p < panels; p++)
+                    store(head + p * LANES, load<f32x16>(out + (p * width + row - tile * TILE) * LANES));
+                if (is_query || is_key) turn(m, norm, b.angles + row * dim, head);
+                if (is_query) {
+                    put_query(m, b, row, h, head);
+                    continue;
+                }
+                while (row >= span->row + span->count) span++;
+                const int64_t position = span->start + row - span->row;
+                put_cache(m, number_of_layer, (h - m.heads) % m.kv_heads, is_key, span->blocks[position / LANES],
+                          position % LANES, head);
+            }
+        }
+    }
+}
+
+template <typename KV, typename Q>
+INLINE void attend_task(const Model& m, int64_t layer, const Task& task, Buffers& b) {
+    const int64_t dim = m.head_dim, group = m.heads / m.kv_heads, rows = task.tokens * group;
+    alignas(64) Q queries[QUERY_ROWS * 256];
+    float scales[QUERY_ROWS];
+    float* out[QUERY_ROWS];
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t row = task.span->row + task.first + r / group;
+        const int64_t place = row * m.heads + task.head * group + r % group;
+        std::memcpy(queries + r * dim, reinterpret_cast<const Q*>(b.queries) + place * dim, dim * sizeof(Q));
+        scales[r] = m.kv_int8 ? b.query_scales[place] : 1.0f;
+        out[r] = b.attended + place * dim;
+    }
+    const int64_t head = (layer * m.kv_heads + task.head) * m.num_blocks;
+    HeadCache<KV> cache{reinterpret_cast<const KV*>(m.keys) + head * LANES * dim,
+                        reinterpret_cast<const KV*>(m.values) + head * LANES * dim, m.key_scales + head * LANES,
+                        m.value_scales + head * LANES};
+    QueryBlock work{task.tokens, group, task.span->start + task.first, m.layers[layer].window, task.span->blocks};
+    attend(work, cache, queries, scales, dim, out);
+}
+
+// y += W x for this thread's panels.
+INLINE void add_product(const Matrix& w, const Activations& x, float* y, int64_t columns, int number, int size) {
+    alignas(64) float out[LANES * TILE * 4];
+    const Share panels(w.panels, number, size);
+    for (int64_t panel = panels.first; panel < panels.end;) {
+        const int64_t count = std::min<int64_t>(x.rows <= 4 ? 4 : 1, panels.end - panel);
+        for (int64_t tile = 0; tile < x.tiles(); tile++) {
+            const int64_t width = x.width(tile);
+            multiply_panels(w, panel, count, x, tile, out);
+            for (int64_t row = tile * TILE; row < x.rows && row < (tile + 1) * TILE; row++)
+                for (int64_t p = 0; p < count; p++) {
+                    float* at = y + row * columns + (panel + p) * LANES;
+                    store(at, load<f32x16>(at) + load<f32x16>(out + (p * width + row - tile * TILE) * LANES));
+                }
+        }
+        panel += count;
+    }
+}
+
+// The MLP's inner values, made and quantised a group of columns at a time, so that they are never written as floats.
+INLINE void make_inner(const Model& m, const Layer& layer, const Activations& normed, Activations& inner, int number,
+                       int size) {
+    constexpr int64_t per_group = GROUP / LANES;
+    const int64_t panels = m.gated ? 2 * per_group : per_group;
+    alignas(64) float out[LANES * TILE * 2 * per_group], values[TILE][GROUP] = {};
+    const Share groups(inner.groups, number, size);
+    for (int64_t g = groups.first; g < groups.end; g++) {
+        for (int64_t tile = 0; tile < normed.tiles(); tile++) {
+            const int64_t width = normed.width(tile);
+            multiply_panels(layer.up, g * panels, panels, normed, tile, out);
+            for (int64_t i = 0; i < width; i++) {
+                for (int64_t p = 0; p < per_group; p++) {
+                    const int64_t at = (m.gated ? 2 * p : p) * width + i;
+                    f32x16 v = activate(m.activation, load<f32x16>(out + at * LANES));
+                    if (m.gated) v *= load<f32x16>(out + (at + width) * LANES);
+                    store(values[i] + p * LANES, v);
+                }
+                quantise_group(inner, tile * TILE + i, g, values[i], GROUP);
+            }
+        }
+    }
+}
+
+void look_up(const Model& m, const Step& step, Buffers& b, int number, int size) {
+    const Share rows(step.num_tokens, number, size);
+    const int64_t half = m.head_dim / 2;
+    for (const Span& span : step.spans) {
+        for (int64_t i = 0; i < span.count; i++) {
+            const int64_t row = span.row + i, position = span.start + i, token = step.token_ids[row];
+            if (row < rows.first || row >= rows.end) continue;
+            float* x = b.x + row * m.hidden;
+            if (m.embedding)
+                for (int64_t c = 0; c < m.hidden; c++) x[c] = from_bf16(m.embedding[token * m.hidden + c]);
+            else
+                read_row(m.head, token, x);
+            if (m.positions)
+                for (int64_t c = 0; c < m.hidden; c++) x[c] += m.positions[position * m.hidden + c];
+            for (int64_t f = 0; m.frequencies && f < half; f++) {
+                const float angle = float(position) * m.frequencies[f];
+                b.angles[row * m.head_dim + f] = std::cos(angle) * m.rope_factor;
+                b.angles[row * m.head_dim + half + f] = std::sin(angle) * m.rope_factor;
+            }
+        }
+    }
+}
+
+void list_tasks(const Model& m, const Step& step, int threads, Buffers& b) {
+    const int64_t group = m.heads / m.kv_heads, most = std::max<int64_t>(1, QUERY_ROWS / group);
+    b.tasks.clear();
+    for (const Span& span : step.spans)
+        for (int64_t first = 0; first < span.count; first += most)
+            for (int64_t head = 0; head < m.kv_heads; head++)
+                b.tasks.push_back({&span, head, first, std::min(most, span.count - first)});
+    if (threads > 1)  // the longest first, so that none is left over for one thread at the end
+        std::stable_sort(b.tasks.begin(), b.tasks.end(), [](const Task& one, const Task& other) {
+            return (one.span->start + one.first) * one.tokens > (other.span->start + other.first) * other.tokens;
+        });
+}
+
+void forward(const Model& m, const Step& step) {
+    const int64_t rows = step.num_tokens, width = m.heads * m.head_dim;
+    Buffers b;
+    b.x = reinterpret_cast<float*>(scratch(1, rows * m.hidden * 4));
+    b.attended = reinterpret_cast<float*>(scratch(2, rows * width * 4));
+    b.angles = reinterpret_cast<float*>(scratch(3, rows * (m.head_dim + m.heads) * 4));
+    b.query_scales = b.angles + rows * m.head_dim;
+    b.queries = scratch(4, rows * width * 2);
+    int64_t hidden_bytes = 0, heads_bytes = 0, inner_bytes = 0;
+    for (const Layer& layer : m.layers) {
+        hidden_bytes = std::max(hidden_bytes, Activations::bytes(rows, std::max(layer.qkv.padded, layer.up.padded)));
+        heads_bytes = std::max(heads_bytes, Activations::bytes(rows, layer.out.padded));
+        inner_bytes = std::max(inner_bytes, Activations::bytes(rows, layer.down.padded));
+    }
+    b.normed = scratch(5, hidden_bytes);
+    b.heads = scratch(6, heads_bytes);
+    b.inner = scratch(7, inner_bytes);
+    list_tasks(m, step, omp_get_max_threads(), b);
+    Team team;
+#pragma omp parallel
+    {
+        const int number = omp_get_thread_num(), size = omp_get_num_threads();
+#pragma omp single
+        team.size = size;
+        look_up(m, step, b, number, size);
+        team.wait();
+        for (int64_t l = 0; l < int64_t(m.layers.size()); l++) {
+            const Layer& layer = m.layers[l];
+            Activations normed(b.normed, rows, layer.qkv), heads(b.heads, rows, layer.out);
+            quantise_rows(m, &layer.attention_norm, b.x, m.hidden, normed, number, size);
+            team.wait();
+            make_heads(m, l, step, normed, b, number, size);
+            team.wait();
+            for (int64_t t; (t = team.next.fetch_add(1, std::memory_order_relaxed)) < int64_t(b.tasks.size());) {
+                if (m.kv_int8)
+                    attend_task<int8_t, int16_t>(m, l, b.tasks[t], b);
+                else
+                    attend_task<uint16_t, uint16_t>(m, l, b.tasks[t], b);
+            }
+            team.wait();
+            quantise_rows(m, nullptr, b.attended, width, heads, number, size);
+            team.wait();
+            add_product(layer.out, heads, b.x, m.hidden, number, size);
+            team.wait();
+            Activations normed_again(b.normed, rows, layer.up), inner(b.inner, rows, layer.down);
+            quantise_rows(m, &layer.mlp_norm, b.x, m.hidden, normed_again, number, size);
+            team.wait();
+            make_inner(m, layer, normed_again, inner, number, size);
+            team.wait();
+            add_product(layer.down, inner, b.x, m.hidden, number, size);
+            team.wait();
+        }
+        const Share mine(rows, number, size);
+        for (int64_t row = mine.first; row < mine.end; row++)
+            normalise(m, m.final_norm, b.x + row * m.hidden, step.hidden + row * m.hidden);
+    }
+}
+
+// y [rows][w.rows] = W x [rows][w.columns].
+void product(const Matrix& w, const float* x, int64_t rows, float* y) {
+    char* memory = scratch(5, Activations::bytes(rows, w.padded));
+    Team team;
+#pragma omp parallel
+    {
+        const int number = omp_get_thread_num(), size = omp_get_num_threads();
+#pragma omp single
+        team.size = size;
+        Activations quantised(memory, rows, w);
+        quantise_rows(Model{}, nullptr, x, w.columns, quantised, number, size);
+        team.wait();
+        alignas(64) float out[LANES * TILE * 4];
+        const Share panels(w.panels, number, size);
+        for (int64_t panel = panels.first; panel < panels.end;) {
+            const int64_t count = std::min<int64_t>(rows <= 4 ? 4 : 1, panels.end - panel);
+            for (int64_t tile = 0; tile < quantised.tiles(); tile++) {
+                const int64_t width = quantised.width(tile);
+                multiply_panels(w, panel, count, quantised, tile, out);
+                for (int64_t row = tile * TILE; row < rows && row < (tile + 1) * TILE; row++)
+                    for (int64_t p = 0; p < count; p++) {
+                        const int64_t first = (panel + p) * LANES, left = std::min(LANES, w.rows - first);
+                        std::memcpy(y + row * w.rows + first, out + (p * width + row - tile * TILE) * LANES,
+                                    left * sizeof(float));
+                    }
+            }
+            panel += count;
+        }
+    }
+}
+
+void logits(const Model& m, const float* hidden, int64_t rows, float* out) { product(m.head, hidden, rows, out); }
+
+// Read codes as the plainest int8 product of a matrix and one vector does; returns a number that depends on all.
+double read_codes(const uint8_t* codes, int64_t bytes) {
+    static const int8_t ones[4] = {1, 1, 1, 1};
+    double total = 0;
+#pragma omp parallel reduction(+ : total)
+    {
+        const Share mine(bytes / 256, omp_get_thread_num(), omp_get_num_threads());
+        i32x16 sums[4] = {};
+        for (int64_t i = mine.first; i < mine.end; i++)
+            for (int j = 0; j < 4; j++) sums[j] = dot4(sums[j], load_codes(codes + 256 * i + 64 * j), ones);
+        total += double(sum(to_float(sums[0] + sums[1] + sums[2] + sums[3])));
+    }
+    return total;
+}
+
+}  // namespace
+}  // namespace BIMO_ISA
+
+#define KERNELS_(isa) isa##_kernels
+#define KERNELS(isa) KERNELS_(isa)
+#define TEXT_(isa) #isa
+#define TEXT(isa) TEXT_(isa)
+extern const Kernels KERNELS(BIMO_ISA) = {TEXT(BIMO_ISA), BIMO_ISA::forward, BIMO_ISA::logits, BIMO_ISA::product,
+                                          BIMO_ISA::read_codes};
+
+}  // namespace bimo

@@ -1,0 +1,62 @@
+"""Rounding to 8 and 4 bits: how far off at most, what comes back exactly, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bimo.quant.weights import QuantisedWeight, quantise4, quantise8
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (16, 100), (1, 1), (3, 33)])
+def test_no_weight_is_off_by_more_than_half_a_step(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    for quantise, steps in ((quantise8, 254), (quantise4, 15)):
+        rounded = quantise(weight)
+        assert rounded.codes.shape == shape and rounded.codes.dtype == torch.uint8
+        widest = 2 * weight.abs().max() if steps == 254 else weight.max() - weight.min()
+        # half a step, and what float16 rounds the scale and minimum by
+        rounding = 1e-3 * weight.abs().max() + 2e-3 * widest
+        assert (rounded.dequantise() - weight).abs().max() <= widest / steps / 2 + rounding
+    before = weight.clone()
+    quantise8(weight)
+    assert torch.equal(weight, before)
+
+
+def test_weights_on_sixteen_steps_come_back_as_they_were() -> None:
+    torch.manual_seed(1)
+    codes = torch.randint(16, (8, 64), dtype=torch.uint8)
+    codes.view(8, 2, 32)[..., :2] = torch.tensor([0, 15], dtype=torch.uint8)  # every block uses its whole range
+    scales, minima = torch.rand(8, 2).half() + 0.01, torch.randn(8, 2).half()
+    weight = QuantisedWeight("block4", codes, scales, minima).dequantise()
+    again = quantise4(weight)
+    assert torch.equal(again.codes, codes)
+    assert (again.dequantise() - weight).abs().max() < 5e-3 * weight.abs().max()
+
+
+def test_zeros_and_constants() -> None:
+    for value in (0.0, 1.0, -3.5):
+        weight = torch.full((2, 64), value)
+        assert torch.allclose(quantise8(weight).dequantise(), weight, rtol=1e-3)
+        assert torch.allclose(quantise4(weight).dequantise(), weight, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e8])
+def test_what_is_not_a_number_is_refused(bad: float) -> None:
+    weight = torch.zeros(2, 64)
+    weight[1, 40] = bad
+    for quantise in (quantise8, quantise4):
+        with pytest.raises(ValueError, match="not a number"):
+            quantise(weight)
+
+
+def test_rows_in_another_order() -> None:
+    torch.manual_seed(2)
+    weight = torch.randn(4, 40)
+    index = torch.tensor([2, -1, 0])
+    for rounded in (quantise8(weight), quantise4(weight)):
+        picked = rounded.rows(index).dequantise()
+        expected = rounded.dequantise()[[2, 0, 0]]
+        expected[1] = 0
+        assert torch.equal(picked, expected)
