@@ -11,8 +11,8 @@ of arXiv:2211.17192 and arXiv:2302.01318 for a proposal q that puts all its mass
 probability min(1, p(d) / q(d)) = p(d), else draw from (p - q)+ = p without d, renormalised; drawing t from p and
 comparing it with d is the same: P(t = d) = p(d), and P(t | t != d) = p(t) / (1 - p(d)).
 
-Proposers: `NgramProposer` (below; arXiv:2304.04487, prompt lookup), `DraftModelProposer` (drafting.py). `Speculation`
-decides how many drafts a sequence may have, by counting which were true. No torch here.
+Proposers: `NgramProposer` (below; as in arXiv:2304.04487 and prompt lookup decoding) and `DraftModelProposer`
+(drafting.py). `Speculation` decides how many drafts a sequence may have, by counting which were true. No torch here.
 """
 
 from __future__ import annotations

@@ -51,25 +51,26 @@ def turns_of(result: StepResult) -> list[Turn]:
 def choose(turns: list[Turn], logits: Tensor) -> None:
     """Set each turn's `chosen`: the tokens of as many rows as can be processed now, up to the first that is not the
     draft the next row stands on. logits: (R, V) of the whole step, not yet processed."""
-    widths = [1 if depends_on_output(turn.sequence) else 1 + len(turn.drafts) - len(turn.tokens) for turn in turns]
+    widths = [_width(turn) if turn.drafts else 1 for turn in turns]
     owners = [turn.sequence for turn, width in zip(turns, widths, strict=True) for _ in range(width)]
     if len(owners) < len(logits):
         logits = logits[[turn.row + i for turn, width in zip(turns, widths, strict=True) for i in range(width)]]
-    draws = [0.0 if owner.sampling.greedy else owner.draw() for owner in owners]
+    draws = None
+    if len(owners) > len(turns):  # several rows of one sequence: not all will be used
+        draws = [0.0 if owner.sampling.greedy else owner.draw() for owner in owners]
     tokens = choose_tokens(process_logits(logits, owners), owners, draws)
     first = 0
     scored: list[tuple[Turn, int]] = []  # with rows whose log-probabilities are wanted
     for turn, width in zip(turns, widths, strict=True):
-        drafts = turn.drafts[len(turn.tokens) :]
-        used = 1
-        while used < width and tokens[first + used - 1] == drafts[used - 1]:
-            used += 1
+        used = _num_used(turn, tokens[first : first + width]) if turn.drafts else 1
         end = first + used
         turn.row += used
         turn.chosen = tokens[first:end]
-        turn.done = used > len(drafts) or turn.chosen[-1] != drafts[used - 1]
+        num_tokens = len(turn.tokens) + used
+        turn.done = num_tokens > len(turn.drafts) or turn.chosen[-1] != turn.drafts[num_tokens - 1]
         p = turn.sequence.sampling
-        if not p.greedy:
+        if used < width and not p.greedy:
+            assert draws is not None
             turn.sequence.unused_draws[:0] = draws[end : first + width]
         if p.logprobs is not None or p.best_of:
             turn.logprobs = []
@@ -81,3 +82,17 @@ def choose(turns: list[Turn], logits: Tensor) -> None:
         found = token_logprobs(logits[rows], [tokens[row] for row in rows], tops)
         for (turn, _), logprob in zip(scored, found, strict=True):
             turn.logprobs.append(logprob)
+
+
+def _width(turn: Turn) -> int:
+    """Rows that can be processed now."""
+    return 1 if depends_on_output(turn.sequence) else 1 + len(turn.drafts) - len(turn.tokens)
+
+
+def _num_used(turn: Turn, tokens: list[int]) -> int:
+    """How many of the tokens chosen from a turn's next rows stand on true drafts."""
+    drafts = turn.drafts[len(turn.tokens) :]
+    used = 1
+    while used < len(tokens) and tokens[used - 1] == drafts[used - 1]:
+        used += 1
+    return used
