@@ -188,6 +188,7 @@ def test_a_bar_on_a_terminal_and_only_there(
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "240")  # the name of the text may be long
     assert main(arguments) == 0
     shown = capsys.readouterr()
     assert "tokens" in shown.err
