@@ -1,7 +1,7 @@
 // One step of a decoder: all its layers over a row of tokens, in one parallel region. Compiled once for each
 // instruction set (BIMO_ISA names it); the formulas are those of bimo/models/{decoder,attention,layers}.py.
 //
-// A layer, and where the threads meet (|):
+// A layer, and where a phase ends (|):
 //   norm, quantise | q k v, rotate, store in the cache | attend | quantise | out, add | norm, quantise |
 //   gate and up, activate, quantise | down, add |
 #include <algorithm>
@@ -78,10 +78,9 @@ INLINE f32x16 activate(Activation kind, f32x16 x) {
 
 // Norm (or none) and quantisation of rows, tile by tile.
 INLINE void quantise_rows(const Model& m, const Norm* norm, const float* x, int64_t columns, Activations& to,
-                          int number, int size) {
+                          int64_t first, int64_t end) {
     float* normed = norm ? reinterpret_cast<float*>(scratch(0, columns * 4)) : nullptr;
-    const Share tiles(to.tiles(), number, size);
-    for (int64_t tile = tiles.first; tile < tiles.end; tile++) {
+    for (int64_t tile = first; tile < end; tile++) {
         for (int64_t row = tile * TILE; row < to.rows && row < (tile + 1) * TILE; row++) {
             const float* from = x + row * columns;
             if (norm) {
@@ -167,12 +166,11 @@ INLINE void put_cache(const Model& m, int64_t layer, int64_t head, bool is_key, 
 
 // Heads of q, k and v: a head is head_dim / 16 panels of the matrix, and belongs to one thread.
 INLINE void make_heads(const Model& m, int64_t number_of_layer, const Step& step, const Activations& normed, Buffers& b,
-                       int number, int size) {
+                       int64_t first, int64_t end) {
     const Layer& layer = m.layers[number_of_layer];
     const int64_t dim = m.head_dim, panels = dim / LANES;
     alignas(64) float out[256 * TILE], head[256];
-    const Share heads(m.heads + 2 * m.kv_heads, number, size);
-    for (int64_t h = heads.first; h < heads.end; h++) {
+    for (int64_t h = first; h < end; h++) {
         const bool is_query = h < m.heads, is_key = !is_query && h < m.heads + m.kv_heads;
         const float* norm = is_query ? layer.q_norm : is_key ? layer.k_norm : nullptr;
         const Span* span = step.spans.data();
@@ -217,12 +215,11 @@ INLINE void attend_task(const Model& m, int64_t layer, const Task& task, Buffers
     attend(work, cache, queries, scales, dim, out);
 }
 
-// y += W x for this thread's panels.
-INLINE void add_product(const Matrix& w, const Activations& x, float* y, int64_t columns, int number, int size) {
+// y += W x for some panels.
+INLINE void add_product(const Matrix& w, const Activations& x, float* y, int64_t columns, int64_t first, int64_t end) {
     alignas(64) float out[LANES * TILE * 4];
-    const Share panels(w.panels, number, size);
-    for (int64_t panel = panels.first; panel < panels.end;) {
-        const int64_t count = std::min<int64_t>(x.rows <= 4 ? 4 : 1, panels.end - panel);
+    for (int64_t panel = first; panel < end;) {
+        const int64_t count = std::min<int64_t>(x.rows <= 4 ? 4 : 1, end - panel);
         for (int64_t tile = 0; tile < x.tiles(); tile++) {
             const int64_t width = x.width(tile);
             multiply_panels(w, panel, count, x, tile, out);
@@ -237,13 +234,12 @@ INLINE void add_product(const Matrix& w, const Activations& x, float* y, int64_t
 }
 
 // The MLP's inner values, made and quantised a group of columns at a time, so that they are never written as floats.
-INLINE void make_inner(const Model& m, const Layer& layer, const Activations& normed, Activations& inner, int number,
-                       int size) {
+INLINE void make_inner(const Model& m, const Layer& layer, const Activations& normed, Activations& inner,
+                       int64_t first, int64_t end) {
     constexpr int64_t per_group = GROUP / LANES;
     const int64_t panels = m.gated ? 2 * per_group : per_group;
     alignas(64) float out[LANES * TILE * 2 * per_group], values[TILE][GROUP] = {};
-    const Share groups(inner.groups, number, size);
-    for (int64_t g = groups.first; g < groups.end; g++) {
+    for (int64_t g = first; g < end; g++) {
         for (int64_t tile = 0; tile < normed.tiles(); tile++) {
             const int64_t width = normed.width(tile);
             multiply_panels(layer.up, g * panels, panels, normed, tile, out);
@@ -260,13 +256,12 @@ INLINE void make_inner(const Model& m, const Layer& layer, const Activations& no
     }
 }
 
-void look_up(const Model& m, const Step& step, Buffers& b, int number, int size) {
-    const Share rows(step.num_tokens, number, size);
+void look_up(const Model& m, const Step& step, Buffers& b, int64_t first, int64_t end) {
     const int64_t half = m.head_dim / 2;
     for (const Span& span : step.spans) {
         for (int64_t i = 0; i < span.count; i++) {
             const int64_t row = span.row + i, position = span.start + i, token = step.token_ids[row];
-            if (row < rows.first || row >= rows.end) continue;
+            if (row < first || row >= end) continue;
             float* x = b.x + row * m.hidden;
             if (m.embedding)
                 for (int64_t c = 0; c < m.hidden; c++) x[c] = from_bf16(m.embedding[token * m.hidden + c]);
@@ -315,42 +310,49 @@ void forward(const Model& m, const Step& step) {
     b.inner = scratch(7, inner_bytes);
     list_tasks(m, step, omp_get_max_threads(), b);
     Team team;
+    team.threads = omp_get_max_threads();
 #pragma omp parallel
     {
-        const int number = omp_get_thread_num(), size = omp_get_num_threads();
-#pragma omp single
-        team.size = size;
-        look_up(m, step, b, number, size);
-        team.wait();
+        Worker worker(team);
+        const int64_t tiles = (rows + TILE - 1) / TILE, at_once = rows <= 4 ? 4 : 1;
+        worker.run(rows, 1, [&](int64_t first, int64_t end) { look_up(m, step, b, first, end); });
         for (int64_t l = 0; l < int64_t(m.layers.size()); l++) {
             const Layer& layer = m.layers[l];
             Activations normed(b.normed, rows, layer.qkv), heads(b.heads, rows, layer.out);
-            quantise_rows(m, &layer.attention_norm, b.x, m.hidden, normed, number, size);
-            team.wait();
-            make_heads(m, l, step, normed, b, number, size);
-            team.wait();
-            for (int64_t t; (t = team.next.fetch_add(1, std::memory_order_relaxed)) < int64_t(b.tasks.size());) {
-                if (m.kv_int8)
-                    attend_task<int8_t, int16_t>(m, l, b.tasks[t], b);
-                else
-                    attend_task<uint16_t, uint16_t>(m, l, b.tasks[t], b);
-            }
-            team.wait();
-            quantise_rows(m, nullptr, b.attended, width, heads, number, size);
-            team.wait();
-            add_product(layer.out, heads, b.x, m.hidden, number, size);
-            team.wait();
+            worker.run(tiles, 1, [&](int64_t first, int64_t end) {
+                quantise_rows(m, &layer.attention_norm, b.x, m.hidden, normed, first, end);
+            });
+            worker.run(m.heads + 2 * m.kv_heads, 1,
+                       [&](int64_t first, int64_t end) { make_heads(m, l, step, normed, b, first, end); });
+            worker.run(int64_t(b.tasks.size()), 1, [&](int64_t first, int64_t end) {
+                for (int64_t t = first; t < end; t++) {
+                    if (m.kv_int8)
+                        attend_task<int8_t, int16_t>(m, l, b.tasks[t], b);
+                    else
+                        attend_task<uint16_t, uint16_t>(m, l, b.tasks[t], b);
+                }
+            });
+            worker.run(tiles, 1, [&](int64_t first, int64_t end) {
+                quantise_rows(m, nullptr, b.attended, width, heads, first, end);
+            });
+            worker.run(layer.out.panels, at_once, [&](int64_t first, int64_t end) {
+                add_product(layer.out, heads, b.x, m.hidden, first, end);
+            });
             Activations normed_again(b.normed, rows, layer.up), inner(b.inner, rows, layer.down);
-            quantise_rows(m, &layer.mlp_norm, b.x, m.hidden, normed_again, number, size);
-            team.wait();
-            make_inner(m, layer, normed_again, inner, number, size);
-            team.wait();
-            add_product(layer.down, inner, b.x, m.hidden, number, size);
-            team.wait();
+            worker.run(tiles, 1, [&](int64_t first, int64_t end) {
+                quantise_rows(m, &layer.mlp_norm, b.x, m.hidden, normed_again, first, end);
+            });
+            worker.run(inner.groups, 1, [&](int64_t first, int64_t end) {
+                make_inner(m, layer, normed_again, inner, first, end);
+            });
+            worker.run(layer.down.panels, at_once, [&](int64_t first, int64_t end) {
+                add_product(layer.down, inner, b.x, m.hidden, first, end);
+            });
         }
-        const Share mine(rows, number, size);
-        for (int64_t row = mine.first; row < mine.end; row++)
-            normalise(m, m.final_norm, b.x + row * m.hidden, step.hidden + row * m.hidden);
+        worker.run(rows, 1, [&](int64_t first, int64_t end) {
+            for (int64_t row = first; row < end; row++)
+                normalise(m, m.final_norm, b.x + row * m.hidden, step.hidden + row * m.hidden);
+        });
     }
 }
 
@@ -358,30 +360,31 @@ void forward(const Model& m, const Step& step) {
 void product(const Matrix& w, const float* x, int64_t rows, float* y) {
     char* memory = scratch(5, Activations::bytes(rows, w.padded));
     Team team;
+    team.threads = omp_get_max_threads();
 #pragma omp parallel
     {
-        const int number = omp_get_thread_num(), size = omp_get_num_threads();
-#pragma omp single
-        team.size = size;
+        Worker worker(team);
         Activations quantised(memory, rows, w);
-        quantise_rows(Model{}, nullptr, x, w.columns, quantised, number, size);
-        team.wait();
-        alignas(64) float out[LANES * TILE * 4];
-        const Share panels(w.panels, number, size);
-        for (int64_t panel = panels.first; panel < panels.end;) {
-            const int64_t count = std::min<int64_t>(rows <= 4 ? 4 : 1, panels.end - panel);
-            for (int64_t tile = 0; tile < quantised.tiles(); tile++) {
-                const int64_t width = quantised.width(tile);
-                multiply_panels(w, panel, count, quantised, tile, out);
-                for (int64_t row = tile * TILE; row < rows && row < (tile + 1) * TILE; row++)
-                    for (int64_t p = 0; p < count; p++) {
-                        const int64_t first = (panel + p) * LANES, left = std::min(LANES, w.rows - first);
-                        std::memcpy(y + row * w.rows + first, out + (p * width + row - tile * TILE) * LANES,
-                                    left * sizeof(float));
-                    }
+        worker.run(quantised.tiles(), 1, [&](int64_t first, int64_t end) {
+            quantise_rows(Model{}, nullptr, x, w.columns, quantised, first, end);
+        });
+        worker.run(w.panels, 4, [&](int64_t panel, int64_t last) {
+            alignas(64) float out[LANES * TILE * 4];
+            while (panel < last) {
+                const int64_t count = std::min<int64_t>(rows <= 4 ? 4 : 1, last - panel);
+                for (int64_t tile = 0; tile < quantised.tiles(); tile++) {
+                    const int64_t width = quantised.width(tile);
+                    multiply_panels(w, panel, count, quantised, tile, out);
+                    for (int64_t row = tile * TILE; row < rows && row < (tile + 1) * TILE; row++)
+                        for (int64_t p = 0; p < count; p++) {
+                            const int64_t first = (panel + p) * LANES, left = std::min(LANES, w.rows - first);
+                            std::memcpy(y + row * w.rows + first, out + (p * width + row - tile * TILE) * LANES,
+                                        left * sizeof(float));
+                        }
+                }
+                panel += count;
             }
-            panel += count;
-        }
+        });
     }
 }
 
@@ -393,9 +396,9 @@ double read_codes(const uint8_t* codes, int64_t bytes) {
     double total = 0;
 #pragma omp parallel reduction(+ : total)
     {
-        const Share mine(bytes / 256, omp_get_thread_num(), omp_get_num_threads());
         i32x16 sums[4] = {};
-        for (int64_t i = mine.first; i < mine.end; i++)
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < bytes / 256; i++)
             for (int j = 0; j < 4; j++) sums[j] = dot4(sums[j], load_codes(codes + 256 * i + 64 * j), ones);
         total += double(sum(to_float(sums[0] + sums[1] + sums[2] + sums[3])));
     }
