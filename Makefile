@@ -14,6 +14,7 @@ PORT ?= 8000
 WORKERS ?= 2
 TESTS ?= tests
 PIP_ARGS ?=
+BENCH ?=
 
 # The first interpreter that works (a shim may not), is Python 3.11 or newer, and can make environments.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -41,8 +42,8 @@ check: $(VENV)/.installed-dev ## ruff, mypy, architecture
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-bench: $(VENV)/.installed-bench $(VENV)/.kernels ## measure bimo and its peers on this machine, printed as ratios
-	$(BIN)/python -m benchmarks.run
+bench: $(VENV)/.installed-bench $(VENV)/.kernels ## measure bimo and its peers on this machine, printed as ratios (BENCH="--quick")
+	$(BIN)/python -m benchmarks.run $(if $(strip $(PIP_ARGS)),--pip-args="$(PIP_ARGS)") $(BENCH)
 
 sanitize: $(VENV)/.installed-test ## build the kernels with address and undefined-behaviour sanitizers, and run their tests
 	$(PIP_INSTALL) --quiet --no-deps --build-constraint constraints.txt --target build/sanitized --upgrade \

@@ -80,7 +80,7 @@ def _bimo(*workloads: str, quant: str | None = None, weights: str | None = None,
 
 ENGINES = {
     "bimo": _bimo(*ALL_ROWS, "repeat"),
-    "bimo-int8": _bimo(*SINGLE_ROWS, "memory", quant="int8"),
+    "bimo-int8": _bimo(*SINGLE_ROWS, "prefill4000", "memory", quant="int8"),
     "bimo-file": _bimo("single-file", "repeat", quant="file", weights="4-bit"),
     "bimo-none": _bimo(*SINGLE_ROWS, quant="none", weights="bf16"),
     "bimo-torch": _bimo(*SINGLE_ROWS, BIMO_KERNELS="0"),

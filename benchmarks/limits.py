@@ -1,4 +1,4 @@
-"""What this machine could do at most: memory read, int8 matrix-vector and bf16 matrix-matrix, measured in the same run.
+"""What this machine could do at most, measured in the same run: memory read, matrix-vector and matrix-matrix products.
 
 From them the most tokens a second a workload could reach: each decode step reads every weight once, each token of a
 prompt costs two operations a weight, plus attention.
@@ -20,11 +20,12 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Limits:
-    """Rates of this machine; `gemv_bytes` is None without the kernels' own measurement."""
+    """Rates of this machine."""
 
     read_bytes: float  # bytes/s, a torch sum over 512 MB
-    gemv_bytes: float | None  # bytes/s, a plain int8 matrix-vector product over as many bytes as the model has
-    gemm_flops: float  # bf16 operations/s, a torch product of 2048 x 2048 matrices
+    gemv_bytes: float | None  # bytes/s, an int8 matrix-vector product over the model's size; None without the kernels
+    gemm_bf16: float  # operations/s, a torch product of 2048 x 2048 matrices
+    gemm_int8: float | None  # the same in int8, None where torch has none
 
     def to_dict(self) -> dict[str, float | None]:
         return asdict(self)
@@ -38,18 +39,20 @@ class Limits:
             size = int((config.num_parameters - lookup_only) * BYTES_A_WEIGHT[weights])
         return (self.gemv_bytes or self.read_bytes) / size if size else None
 
-    def prefill(self, config: DecoderConfig, length: int) -> float:
-        """Prompt tokens/s in bf16; the head is computed for the last token only. int8 products may pass this."""
+    def prefill(self, config: DecoderConfig, weights: str, length: int) -> float:
+        """Prompt tokens/s at the rate of the weights' type; the head is computed for the last token only."""
+        rate = self.gemm_int8 if weights in ("int8", "4-bit") and self.gemm_int8 else self.gemm_bf16
         heads = config.vocab_size * config.hidden_size * (1 if config.tied_embeddings else 2)
         products = 2 * (config.num_parameters - heads)
         attention = 4 * (length / 2) * config.num_heads * config.head_dim * config.num_layers
-        return self.gemm_flops / (products + attention)
+        return rate / (products + attention)
 
     def __str__(self) -> str:
         gemv = f"{self.gemv_bytes / 1e9:.1f} GB/s" if self.gemv_bytes else "not measured (the kernels lack gemv_rate)"
+        int8 = f", in int8 {self.gemm_int8 / 1e9:,.0f}" if self.gemm_int8 else ""
         return (
             f"reading {self.read_bytes / 1e9:.1f} GB/s, int8 matrix-vector {gemv}, "
-            f"bf16 matrix-matrix {self.gemm_flops / 1e9:,.0f} GFLOP/s"
+            f"bf16 matrix-matrix {self.gemm_bf16 / 1e9:,.0f} GFLOP/s{int8}"
         )
 
 
@@ -65,8 +68,13 @@ def measure_limits(num_bytes: int) -> Limits:
     del block
     size = 2048
     left, right = (torch.randn(size, size).to(torch.bfloat16) for _ in range(2))
-    gemm = 2 * size**3 / _fastest(lambda: left @ right)
-    return Limits(read_bytes=read, gemv_bytes=_gemv_rate(num_bytes), gemm_flops=gemm)
+    bf16 = 2 * size**3 / _fastest(lambda: left @ right)
+    small = torch.ones(size, size, dtype=torch.int8)
+    try:
+        int8 = 2 * size**3 / _fastest(lambda: torch._int_mm(small, small))
+    except (AttributeError, RuntimeError):
+        int8 = None
+    return Limits(read_bytes=read, gemv_bytes=_gemv_rate(num_bytes), gemm_bf16=bf16, gemm_int8=int8)
 
 
 def _gemv_rate(num_bytes: int) -> float | None:

@@ -9,6 +9,7 @@ say is in benchmarks/.peers/<name>/setup.log. A stamp file makes a second run in
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -128,7 +129,7 @@ def model_file(kind: str, model: str, directory: Path, say: Say) -> Path:
         if len(found) != 1:
             raise SetupError(f"{model} was not fetched as one .gguf file")
         return found[0]
-    name = directory.name
+    name = f"{directory.name}-{_stamp(directory)}"
     if kind == "gguf-q8":
         target = FOLDER / "models" / f"{name}-q8_0.gguf"
         command = [Path(sys.executable).with_name("bimo"), "convert", directory, "TARGET", "--type", "q8_0"]
@@ -145,6 +146,12 @@ def model_file(kind: str, model: str, directory: Path, say: Say) -> Path:
         _run([partial if part == "TARGET" else part for part in command], FOLDER / "models" / "setup.log", offline)
         partial.rename(target)
     return target
+
+
+def _stamp(directory: Path) -> str:
+    """Eight letters that change with the weights, so that no peer reads an older model of the same name."""
+    files = ((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in directory.glob("*.safetensors"))
+    return hashlib.sha256(repr(sorted(files)).encode()).hexdigest()[:8]
 
 
 def _declared(name: str) -> str:

@@ -199,10 +199,12 @@ class Run:
             for engine, numbers in by_engine.items():
                 weights = ENGINES[engine].weights
                 limit = None
-                if workload in ("single", "single-file") and weights != "default":
+                if weights == "default":
+                    continue
+                if workload in ("single", "single-file"):
                     limit = limits.decode(self.config, weights, file_bytes)
                 elif workload.startswith("prefill"):
-                    limit = limits.prefill(self.config, int(workload.removeprefix("prefill")))
+                    limit = limits.prefill(self.config, weights, int(workload.removeprefix("prefill")))
                 if limit:
                     found[workload, engine] = statistics.median(numbers["tokens/s"]) / limit
         return found
