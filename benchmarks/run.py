@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from benchmarks.engines import ENGINES
@@ -42,6 +43,7 @@ from bimo.tokenizer.load import Tokenizer
 __all__ = ["Run", "main"]
 
 RESULTS = Path(__file__).parent / "results"
+BUSY = 0.1  # share of the cores that others may use before a run is said to be noisy
 QUICK = ("single", "single-file", "batch16", "prefill1000", "history")
 Measure = Callable[[int], Numbers]  # salt -> numbers
 
@@ -235,6 +237,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(arguments.model, arguments.engines, rounds, lambda line: console.print(line, markup=False))
     install = not (arguments.quick or arguments.no_install)
     run.prepare(install=install, pip_args=arguments.pip_args.split())
+    busy = psutil.cpu_percent(interval=2) / 100
+    if busy > BUSY:
+        console.print(
+            f"warning: other programs use {busy:.0%} of the cores; some engines lose far more to that than others"
+        )
     limits = measure_limits(run.config.num_parameters)
     run.measure([workload for workload in WORKLOADS if workload in chosen])
     shares = run.shares(limits)
@@ -245,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads": cpu_threads(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "rounds": rounds,
+        "busy_before": busy,
         "limits": limits.to_dict(),
         "results": run.results,
         "shares": [{"workload": w, "engine": e, "share": share} for (w, e), share in shares.items()],
@@ -259,7 +267,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(line, markup=False)
     console.print(f"limits: {limits}", markup=False)
     took = (time.monotonic() - start) / 60
-    console.print(f"{found['cpu']}, {found['threads']} threads, commit {found['commit']}, {took:.0f} minutes")
+    console.print(
+        f"{found['cpu']}, {found['threads']} threads, commit {found['commit']}, {took:.0f} minutes, "
+        f"{busy:.0%} of the cores used by others at the start"
+    )
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / f"{found['time'].replace(':', '')}-{found['commit'].rstrip('+') or 'unknown'}.json"
     file.write_text(json.dumps(found, indent=1) + "\n")

@@ -54,7 +54,7 @@ def test_an_answer_streams(open_page: OpenPage, locale: str, question: str, titl
     answer = ask_and_wait(page, question)
     states = page.evaluate("window.states")
     assert answer
-    assert len(states) > 3, "the text came in one piece"
+    assert len(states) > 1, "the text came in one piece"  # a short answer, several tokens a step: a few states
     assert not any("\ufffd" in state for state in states), "half a character was shown"
     expect(page.locator(".bubble")).to_have_text(question)
     expect(page.locator(".conversation-title")).to_have_text(title)
