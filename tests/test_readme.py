@@ -141,6 +141,21 @@ def test_the_tree_is_complete(readme: str) -> None:
     assert all((package / path).is_dir() for path in listed if path.endswith("/"))
 
 
+@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
+def test_the_other_folders_are_there(readme: str) -> None:
+    """kernels/ and benchmarks/: what is listed exists, and no source of theirs is left out."""
+    block = re.search(r"```text\n(kernels/.*?)```", text_of(readme), re.DOTALL)
+    assert block
+    listed, folder = set(), ""
+    for line in block[1].splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith("  ") else name
+        listed.add(folder + name if line.startswith("  ") else name)
+    assert all((ROOT / path).exists() for path in listed)
+    sources = [*ROOT.glob("kernels/src/*"), *ROOT.glob("benchmarks/*.py")]
+    assert {f"{file.relative_to(ROOT)}" for file in sources if file.stat().st_size} <= listed
+
+
 @pytest.mark.parametrize("name", sorted({name for pair in PAIRS for name in pair}))
 def test_links_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", text_of(name)):

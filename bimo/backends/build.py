@@ -1,9 +1,9 @@
 """From a model directory and the user's wishes to a runner: which weights, in which precision, by which loops.
 
     quant     weights                                    by the kernels          by plain torch
-    "int8"    8 bits, a scale every 32 columns           the whole step          dequantised when loaded
-    "int4"    4 bits, a scale every 32; the head 8       the whole step          dequantised when loaded
-    "file"    as the GGUF file has them                  the whole step          dequantised when loaded
+    "int8"    8 bits, a scale every 32 columns           the whole step          rounded, then widened again
+    "int4"    4 bits, a scale every 32; the head 8       the whole step          the same
+    "file"    as the GGUF file has them                  the whole step          the same
     "none"    bfloat16, float32 or float16 (`dtype`)     attention and norms     oneDNN's products
 
 On a CPU the default is int8 where the kernels run: it is the fastest, and costs smollm2 less than 1 % of perplexity
@@ -29,7 +29,7 @@ from bimo.formats.huggingface import load_weights
 from bimo.models.config import DecoderConfig
 from bimo.models.decoder import Decoder
 from bimo.models.empty import empty_decoder
-from bimo.quant.weights import QuantisedWeight, quantise4
+from bimo.quant.weights import QuantisedWeight, round_weight
 from bimo.runtime import available_memory, choose_dtype, return_free_memory
 
 __all__ = [
@@ -47,7 +47,7 @@ QUANTS = ("int8", "int4", "file", "none")
 CACHE_DTYPES = ("auto", "int8")
 BLOCK_SIZE = 16  # tokens a cache block; smaller shares more of a prefix, larger gathers faster
 KV_CACHE_BYTES = 192 << 20  # default size of the KV cache, if that much memory is free
-_BITS = {"int8": 8.1, "int4": 5.5, "file": 8.5}  # a weight, scales and head counted in; "file" at most
+_BITS = {"int8": 8.5, "int4": 5.8, "file": 8.5}  # a weight, scales and an 8-bit head counted in; "file" at most
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,12 @@ class Precision:
 
     @property
     def name(self) -> str:
-        """For people: "int8", "4 bits from the file", "bfloat16"."""
-        return {"none": str(self.dtype).removeprefix("torch."), "file": "the file's own bits"}.get(
-            self.quant, self.quant
-        )
+        """For people: "int8", "the file's own bits", "bfloat16", "int8 widened to bfloat16"."""
+        number_type = str(self.dtype).removeprefix("torch.")
+        if self.quant == "none":
+            return number_type
+        weights = "the file's own bits" if self.quant == "file" else self.quant
+        return weights if self.fused else f"{weights} widened to {number_type}"
 
 
 def choose_precision(
@@ -142,7 +144,9 @@ def build_model(
     if precision.fused:
         model = FusedDecoder(config, weights, precision.quant, cache_dtype=precision.cache_dtype)
     else:
-        model = load_decoder(directory, config, precision.dtype, device, _dequantised(weights, precision))
+        model = load_decoder(
+            directory, config, precision.dtype, device, _dequantised(weights, precision, config.tied_embeddings)
+        )
         pack_linear_layers(model)
     return_free_memory()
     return model
@@ -180,15 +184,12 @@ def _weights(reference: str, directory: Path, config: DecoderConfig, precision: 
     return load_gguf_weights(file, config)
 
 
-def _dequantised(weights: Iterator[Any], precision: Precision) -> Iterator[tuple[str, torch.Tensor]]:
+def _dequantised(weights: Iterator[Any], precision: Precision, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Plain tensors, rounded as asked: the values a fused model computes with, for plain torch."""
     for name, weight in weights:
-        if isinstance(weight, QuantisedWeight):
-            yield name, weight.dequantise(precision.dtype)
-        elif precision.quant == "int4" and weight.ndim == 2 and not name.startswith(("embed_", "lm_head")):
-            yield name, quantise4(weight).dequantise(precision.dtype)
-        else:
-            yield name, weight
+        if precision.quant != "none":
+            weight = round_weight(name, weight, precision.quant, tied=tied)
+        yield name, weight.dequantise(precision.dtype) if isinstance(weight, QuantisedWeight) else weight
 
 
 def _num_blocks(config: DecoderConfig, dtype: torch.dtype, tokens: int | None, context: int) -> int:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bimo.cli import options
-from bimo.cli.terminal import progress_display
 
 if TYPE_CHECKING:
     from bimo.backends.base import Backend
@@ -43,10 +42,7 @@ def bench(
     if any(count < 1 for count in counts):
         raise UsageError(f"--requests takes numbers above 0 such as 1,16, not {requests}", "requests")
 
-    import bimo
-
-    with progress_display() as progress:
-        loaded = bimo.load(model, dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype, progress=progress)
+    loaded = options.load_model(model, dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype)
     try:
         backend, info = loaded.backend, loaded.backend.info()
         prompt_tokens = min(prompt_tokens, info.context_length - 1)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bimo.cli import options
-from bimo.cli.terminal import progress_display
 from bimo.errors import BimoError, UsageError
 
 if TYPE_CHECKING:
@@ -122,17 +121,10 @@ def chat(
         truncate_prompt=truncate,
     )
     options.check_sampling(sampling)
-    import bimo
 
-    with progress_display() as progress:
-        loaded = bimo.load(
-            model,
-            dtype=dtype,
-            quant=quant,
-            kv_cache_dtype=kv_cache_dtype,
-            progress=progress,
-            **options.given(speculation=speculation, draft_model=draft_model),
-        )
+    loaded = options.load_model(
+        model, dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype, speculation=speculation, draft_model=draft_model
+    )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     say: Callable[[str], None] = typer.echo if interactive else lambda text: typer.echo(text, err=True)
     if interactive:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bimo.cli import options
-from bimo.cli.terminal import progress_display
 
 if TYPE_CHECKING:
     from bimo.evaluation.perplexity import Perplexity
@@ -48,10 +47,7 @@ def evaluate(
         check_windows(sys.maxsize if window is None else window, 1 if stride is None else stride)
     texts = {name: _read(name) for name in dict.fromkeys(text)}
 
-    import bimo
-
-    with progress_display() as progress:
-        loaded = bimo.load(model, dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype, progress=progress)
+    loaded = options.load_model(model, dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype)
     try:
         info = loaded.backend.info()
         width = max(len(name) for name in ("TEXT", *texts))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bimo.cli import options
-from bimo.cli.terminal import progress_display
 
 if TYPE_CHECKING:
     from bimo.backends.facade import Completion
@@ -108,17 +107,9 @@ def generate(
     messages.append({"role": "user", "content": prompt})
     as_chat = chat or system is not None
 
-    import bimo
-
-    with progress_display() as progress:
-        loaded = bimo.load(
-            model,
-            dtype=dtype,
-            quant=quant,
-            kv_cache_dtype=kv_cache_dtype,
-            progress=progress,
-            **options.given(speculation=speculation, draft_model=draft_model),
-        )
+    loaded = options.load_model(
+        model, dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype, speculation=speculation, draft_model=draft_model
+    )
     try:
         if stream or (stream is None and not several and not as_json and sys.stdout.isatty()):
             for piece in loaded.stream(messages if as_chat else prompt, **sampling):

@@ -6,11 +6,14 @@ An option that was not given is not passed on, so that each model's own defaults
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bimo.errors import UsageError
+
+if TYPE_CHECKING:
+    from bimo.backends.facade import Model
 
 __all__ = [
     "BestOf",
@@ -36,6 +39,7 @@ __all__ = [
     "check_sampling",
     "checked_text",
     "given",
+    "load_model",
     "read_stdin",
 ]
 
@@ -81,6 +85,15 @@ def given(**options: Any) -> dict[str, Any]:
         for name, value in options.items()
         if value is not None and value is not False and value != []
     }
+
+
+def load_model(model: str, **wishes: Any) -> Model:
+    """`bimo.load` with the wishes that were given, and progress on standard error."""
+    import bimo
+    from bimo.cli.terminal import progress_display
+
+    with progress_display() as progress:
+        return bimo.load(model, progress=progress, **given(**wishes))
 
 
 def check_sampling(settings: dict[str, Any]) -> None:

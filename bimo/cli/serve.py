@@ -44,6 +44,9 @@ def serve(
     from bimo.serving.app import serve as run
 
     limits = options.given(
+        dtype=dtype,
+        quant=quant,
+        kv_cache_dtype=kv_cache_dtype,
         speculation=speculation,
         draft_model=draft_model,
         max_batch=max_batch,
@@ -58,9 +61,7 @@ def serve(
         from bimo.backends.local import LocalBackend
 
         with progress_display() as progress:
-            return LocalBackend.load(
-                model, dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype, progress=progress, **limits
-            )
+            return LocalBackend.load(model, progress=progress, **limits)
 
     def ready(address: str) -> None:
         typer.echo(f"{model} is ready: chat at {address}, OpenAI-compatible API at {address}/v1 (Ctrl-C stops)")

@@ -20,7 +20,7 @@ from bimo.engine.paged import PagedCache, lazy_zeros
 from bimo.engine.scheduler import Scheduled
 from bimo.models.config import DecoderConfig
 from bimo.models.layers import rope_frequencies
-from bimo.quant.weights import QuantisedWeight, quantise4, quantise8
+from bimo.quant.weights import QuantisedWeight, round_weight
 
 __all__ = ["FusedDecoder", "can_fuse"]
 
@@ -42,17 +42,6 @@ def can_fuse(config: DecoderConfig) -> str | None:
     return None
 
 
-class StepPlan:
-    """A step's tokens and where their keys and values lie, as the kernels want them."""
-
-    def __init__(self, cache: PagedCache, plan: list[Scheduled]) -> None:
-        self.token_ids: list[int] = []
-        self.spans: list[tuple[int, int, list[int]]] = []
-        for work in plan:
-            self.token_ids += work.token_ids
-            self.spans.append((work.start, work.count, work.sequence.blocks))
-
-
 class FusedCache(PagedCache):
     """Keys and values in bfloat16, or in int8 with one float32 scale a token and head: half the memory."""
 
@@ -67,8 +56,6 @@ class FusedCache(PagedCache):
 
 class FusedDecoder:
     """Takes the weights one by one as they are read, so that at most one is held twice."""
-
-    step_attention = StepPlan
 
     def __init__(
         self,
@@ -112,12 +99,10 @@ class FusedDecoder:
         self.fused.set_cache(cache.keys, cache.values, cache.scales, num_blocks)
         return cache
 
-    def eval(self) -> FusedDecoder:
-        return self
-
-    def __call__(self, input_ids: Tensor, positions: Tensor, attend: StepPlan) -> Tensor:
-        """Hidden states (1, T, D) float32 of a plan's tokens."""
-        return self.fused.forward(attend.token_ids, attend.spans)[None]
+    def run(self, plan: list[Scheduled]) -> Tensor:
+        """Hidden states (T, D) float32 of a plan's tokens, one sequence after the other."""
+        token_ids = [token for work in plan for token in work.token_ids]
+        return self.fused.forward(token_ids, [(work.start, work.count, work.sequence.blocks) for work in plan])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) float32."""
@@ -134,20 +119,17 @@ class _Packer:
         self.embedding: Tensor | None = None
 
     def take(self, name: str, weight: Weight) -> None:
-        tied = self.config.tied_embeddings
+        weight = round_weight(name, weight, self.quant, tied=self.config.tied_embeddings)
         coarse = isinstance(weight, QuantisedWeight) and weight.minima is not None
-        if name == "embed_tokens.weight" and (not tied or coarse):  # rows are read from a tied head of 8 bits only
+        if name == "embed_tokens.weight" and (not self.config.tied_embeddings or coarse):
+            # the step reads words from a tied head of 8 bits only
             plain = weight.dequantise() if isinstance(weight, QuantisedWeight) else weight
             self.embedding = plain.to(torch.bfloat16)
-            if not tied:
+            if not self.config.tied_embeddings:
                 return
-        if isinstance(weight, Tensor) and (weight.ndim == 1 or name == "embed_positions.weight"):
+        if isinstance(weight, Tensor):
             self.small[name] = weight.float()
             return
-        is_head = name in ("embed_tokens.weight", "lm_head.weight")
-        if isinstance(weight, Tensor):
-            # the head decides between words that are close: it stays at 8 bits
-            weight = quantise4(weight) if self.quant == "int4" and not is_head else quantise8(weight)
         self.plain[name] = weight
 
     def matrix(self, name: str, index: Tensor | None = None) -> object:

@@ -6,10 +6,8 @@ tokens that saves 512 of 513 rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,12 +65,11 @@ class ModelRunner:
     """The model and its cache memory."""
 
     def __init__(self, model: Decoder | FusedDecoder, *, num_blocks: int, block_size: int) -> None:
-        self.model = model.eval()
-        self.step_attention: Callable[[Any, list[Scheduled]], Any] = StepAttention
+        self.model = model
         if isinstance(model, FusedDecoder):  # it keeps keys and values in an order of its own
-            self.cache, self.step_attention = model.make_cache(num_blocks, block_size), model.step_attention
+            self.cache = model.make_cache(num_blocks, block_size)
         else:
-            weight = model.embed_tokens.weight
+            weight = model.eval().embed_tokens.weight
             self.cache = PagedCache(model.config, num_blocks, block_size, weight.dtype, weight.device)
 
     @torch.inference_mode()
@@ -80,21 +77,8 @@ class ModelRunner:
         """Compute a plan. `copies` are block copies owed to sequences forked since the last step."""
         self.cache.copy_blocks(copies)
         plan = sorted(plan, key=lambda work: work.count > 1)  # single tokens first; stable
-        device = self.cache.keys.device
-        token_ids: list[int] = []
-        positions: list[int] = []
-        ends: list[int] = []
-        for work in plan:
-            end = work.start + work.count
-            token_ids += work.token_ids
-            positions += range(work.start, end)
-            ends.append(len(token_ids))
-        padding = [0] * (padded_rows(len(token_ids)) - len(token_ids))
-        hidden = self.model(
-            torch.tensor([token_ids + padding], device=device),
-            torch.tensor([positions + padding], device=device),
-            self.step_attention(self.cache, plan),
-        )[0]  # (T, D)
+        hidden = self._hidden(plan)
+        ends = list(accumulate(work.count for work in plan))
         prompt_hidden: dict[Sequence, Tensor] = {}
         for work, end in zip(plan, ends, strict=True):
             rows = hidden[end - work.count : end]
@@ -105,12 +89,30 @@ class ModelRunner:
                 prompt_hidden[sequence] = rows
         scored = [row for work, end in zip(plan, ends, strict=True) for row in range(end - work.num_scored, end)]
         count = len(scored)
-        scored += [0] * (padded_rows(count) - count) if scored else []
-        hidden = hidden[torch.tensor(scored, dtype=torch.long, device=device)]
+        width = padded_rows(count) if scored and isinstance(self.model, Decoder) else count
+        if scored and scored[-1] == count - 1 and width <= len(hidden):  # all of the first rows: the usual decode step
+            hidden = hidden[:width]
+        else:
+            scored += [0] * (width - count)
+            hidden = hidden[torch.tensor(scored, dtype=torch.long, device=hidden.device)]
         logits = self.logits(hidden) if scored else hidden.new_zeros(0, 0)
         reached = [work for work in plan if work.num_scored]
         sequences, drafts = [work.sequence for work in reached], [work.drafts for work in reached]
         return StepResult(sequences, drafts, logits[:count], hidden[:count], prompt_hidden)
+
+    def _hidden(self, plan: list[Scheduled]) -> Tensor:
+        """The hidden states (T, D) of a plan's tokens, in its order; rows beyond them are padding."""
+        if isinstance(self.model, FusedDecoder):
+            return self.model.run(plan)
+        token_ids = [token for work in plan for token in work.token_ids]
+        positions = [place for work in plan for place in range(work.start, work.start + work.count)]
+        padding = [0] * (padded_rows(len(token_ids)) - len(token_ids))
+        device = self.cache.keys.device
+        return self.model(
+            torch.tensor([token_ids + padding], device=device),
+            torch.tensor([positions + padding], device=device),
+            StepAttention(self.cache, plan),
+        )[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,15 +10,19 @@ steps). See LOG.md for the figures.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BLOCK", "QuantisedWeight", "quantise4", "quantise8"]
+from bimo.errors import CorruptModelError
+
+__all__ = ["BLOCK", "QuantisedWeight", "quantise4", "quantise8", "round_weight"]
 
 BLOCK = 32  # columns that share a scale
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,50 @@ def quantise8(weight: Tensor) -> QuantisedWeight:
 
     Raises ValueError for weights that are not numbers or too large for float16.
     """
+    return _in_slices(_round8, weight)
+
+
+def quantise4(weight: Tensor) -> QuantisedWeight:
+    """4 bits, a scale and a minimum every 32 columns: the 16 steps reach from the least weight to the greatest.
+
+    Weights that already lie on 16 such steps come back as they were (up to float16's rounding of scale and minimum).
+    Raises ValueError for weights that are not numbers or too large for float16.
+    """
+    return _in_slices(_round4, weight)
+
+
+def round_weight(name: str, weight: Tensor | QuantisedWeight, quant: str, *, tied: bool) -> Tensor | QuantisedWeight:
+    """A decoder's parameter as `quant` ("int8", "int4", "file") has it; what is not rounded comes back as it is.
+
+    Not rounded: vectors, learned positions, and embeddings that are not the head as well. The head stays at 8 bits, for
+    it decides between words that are close. Raises CorruptModelError naming a weight that is not a number.
+    """
+    if isinstance(weight, QuantisedWeight) or weight.ndim == 1 or name == "embed_positions.weight":
+        return weight
+    if name == "embed_tokens.weight" and not tied:
+        return weight
+    is_head = name in ("embed_tokens.weight", "lm_head.weight")
+    try:
+        return quantise4(weight) if quant == "int4" and not is_head else quantise8(weight)
+    except ValueError as error:
+        raise CorruptModelError(f"the model cannot be rounded to {quant}, {name}: {error}; fetch it again") from None
+
+
+def _in_slices(round_rows: Callable[[Tensor], QuantisedWeight], weight: Tensor) -> QuantisedWeight:
+    """Some rows at a time: the float32 copies of a whole vocabulary's embedding are several times the result."""
+    parts = [round_rows(rows) for rows in weight.split(_ROWS_AT_ONCE)]
+    if len(parts) == 1:
+        return parts[0]
+    minima = [part.minima for part in parts if part.minima is not None]
+    return QuantisedWeight(
+        parts[0].format,
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(minima) if minima else None,
+    )
+
+
+def _round8(weight: Tensor) -> QuantisedWeight:
     blocks = _blocks(weight)
     scales = (blocks.abs().amax(dim=2) / 127).half()
     if not scales.isfinite().all():
@@ -77,12 +125,7 @@ def quantise8(weight: Tensor) -> QuantisedWeight:
     return QuantisedWeight("block8", codes.flatten(1)[:, : weight.shape[1]].contiguous(), scales)
 
 
-def quantise4(weight: Tensor) -> QuantisedWeight:
-    """4 bits, a scale and a minimum every 32 columns: the 16 steps reach from the least weight to the greatest.
-
-    Weights that already lie on 16 such steps come back as they were (up to float16's rounding of scale and minimum).
-    Raises ValueError for weights that are not numbers or too large for float16.
-    """
+def _round4(weight: Tensor) -> QuantisedWeight:
     blocks = _blocks(weight)
     least, greatest = blocks.amin(dim=2), blocks.amax(dim=2)
     scales, minima = ((greatest - least) / 15).half(), least.half()

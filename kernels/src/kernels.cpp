@@ -1,15 +1,16 @@
 // The loops of a decode step that a chain of PyTorch calls is slow at: storing keys and values in a paged cache,
-// attention of single queries over it, and RMSNorm. Plain C++ that the compiler vectorises; each function is compiled for several processors and
-// the right copy is chosen when it is first called. Arguments are addresses: bimo_kernels/__init__.py checks them.
+// attention of single queries over it, and RMSNorm, for models that run on torch (the fused step has its own). Plain C++
+// that the compiler vectorises; each function is compiled for several processors and the right copy is chosen when it is
+// first called. Arguments are addresses: bimo_kernels/__init__.py checks them.
 //
 // Legend: S sequences, H query heads, K key/value heads, G = H / K, E head_dim, B tokens a block, D row length.
 #include <nanobind/nanobind.h>
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <stdexcept>
 #include <vector>
+
+#define BIMO_ISA each_cpu  // simd.h without any processor's own instructions: the compiler makes copies, see EVERY_CPU
+#include "simd.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -23,23 +24,16 @@ void bind_fused(nanobind::module_& m);  // fused.cpp
 
 namespace {
 
+using namespace bimo::each_cpu;
+
 struct bfloat16 {
     uint16_t bits;
 };
 
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-inline void store(float* to, float x) { *to = x; }
-inline void store(bfloat16* to, float x) {  // round to nearest, ties to even, as torch does
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    to->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(bfloat16 x) { return from_bf16(x.bits); }
+INLINE void put(float* to, float x) { *to = x; }
+INLINE void put(bfloat16* to, float x) { to->bits = to_bf16(x); }
 
 // e^x for x <= 0, relative error below 2e-7 down to e^-87, 0 below: 2^n times a polynomial, so that it vectorises.
 inline float exp_negative(float x) {
@@ -54,56 +48,32 @@ inline float exp_negative(float x) {
     return x < -87.0f ? 0.0f : power * two;
 }
 
-// Sixteen floats; the compiler makes of them what the processor has (one AVX-512 register, two of AVX2, ...).
-typedef float float16 __attribute__((vector_size(64)));
-typedef uint16_t ushort16 __attribute__((vector_size(32)));
-typedef uint32_t uint16x32 __attribute__((vector_size(64)));
-
-inline __attribute__((always_inline)) float16 load16(const float* from) {
-    float16 x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-inline __attribute__((always_inline)) float16 load16(const bfloat16* from) {
-    ushort16 half;
-    std::memcpy(&half, from, sizeof half);
-    uint16x32 bits = __builtin_convertvector(half, uint16x32) << 16;
-    return (float16)bits;
-}
-
-inline __attribute__((always_inline)) float sum16(float16 x) {  // halves added to halves
-    typedef float float8 __attribute__((vector_size(32)));
-    typedef float float4 __attribute__((vector_size(16)));
-    float8 eight[2];
-    std::memcpy(eight, &x, sizeof x);
-    eight[0] += eight[1];
-    float4 four[2];
-    std::memcpy(four, eight, sizeof four);
-    four[0] += four[1];
-    return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
+INLINE f32x16 load16(const float* from) { return load<f32x16>(from); }
+INLINE f32x16 load16(const bfloat16* from) {
+    return (f32x16)(__builtin_convertvector(load<u16x16>(from), u32x16) << 16);
 }
 
 // One sequence, one key head and its G query heads: scores over tokens [first, length), softmax, weighted values.
 // DIM is a multiple of 16. A key is read once for all G heads; block by block, so that no position is divided.
 template <int64_t DIM, typename T>
-inline __attribute__((always_inline)) void attend_group(
+INLINE void attend_group(
     const T* q, const T* keys, const T* values, const int64_t* table, int64_t block_size, int64_t first,
-    int64_t length, int64_t group, float scale, T* out, float* scores, float* query, float* sum) {
+    int64_t length, int64_t group, float scale, T* out, float* scores, float* query, float* sums) {
     constexpr int64_t PARTS = DIM / 16;
     const int64_t count = length - first;
     for (int64_t i = 0; i < group * DIM; i++) query[i] = to_float(q[i]) * scale;
-    for (int64_t i = 0; i < group * DIM; i++) sum[i] = 0;
+    for (int64_t i = 0; i < group * DIM; i++) sums[i] = 0;
     for (int64_t position = first; position < length;) {
         const int64_t block = position / block_size;
         const int64_t end = (block + 1) * block_size < length ? (block + 1) * block_size : length;
         const T* key = keys + (table[block] * block_size + position % block_size) * DIM;
         for (; position < end; position++, key += DIM) {
-            float16 k[PARTS];
+            f32x16 k[PARTS];
             for (int64_t c = 0; c < PARTS; c++) k[c] = load16(key + 16 * c);
             for (int64_t g = 0; g < group; g++) {
-                float16 products = k[0] * load16(query + g * DIM);
+                f32x16 products = k[0] * load16(query + g * DIM);
                 for (int64_t c = 1; c < PARTS; c++) products += k[c] * load16(query + g * DIM + 16 * c);
-                scores[g * count + position - first] = sum16(products);
+                scores[g * count + position - first] = sum(products);
             }
         }
     }
@@ -125,17 +95,17 @@ inline __attribute__((always_inline)) void attend_group(
         const T* value = values + (table[block] * block_size + position % block_size) * DIM;
         const float* weight = scores + position - first;
         for (int64_t g = 0; g < group; g++) {
-            float16 total[PARTS];
-            for (int64_t c = 0; c < PARTS; c++) total[c] = load16(sum + g * DIM + 16 * c);
+            f32x16 total[PARTS];
+            for (int64_t c = 0; c < PARTS; c++) total[c] = load16(sums + g * DIM + 16 * c);
             for (int64_t t = 0; t < end - position; t++) {
                 for (int64_t c = 0; c < PARTS; c++)
                     total[c] += load16(value + t * DIM + 16 * c) * weight[g * count + t];
             }
-            std::memcpy(sum + g * DIM, total, sizeof total);
+            std::memcpy(sums + g * DIM, total, sizeof total);
         }
         position = end;
     }
-    for (int64_t i = 0; i < group * DIM; i++) store(out + i, sum[i]);
+    for (int64_t i = 0; i < group * DIM; i++) put(out + i, sums[i]);
 }
 
 #define ATTEND(NAME, DIM, T)                                                                                        \
@@ -231,8 +201,8 @@ EVERY_CPU void norm_row(const bfloat16* x, const bfloat16* weight, bfloat16* y, 
     const float scale = 1.0f / std::sqrt(sum / float(size) + eps);
     for (int64_t i = 0; i < size; i++) {
         bfloat16 normed;
-        store(&normed, to_float(x[i]) * scale);
-        store(y + i, to_float(normed) * to_float(weight[i]));
+        put(&normed, to_float(x[i]) * scale);
+        put(y + i, to_float(normed) * to_float(weight[i]));
     }
 }
 

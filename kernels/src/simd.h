@@ -40,24 +40,18 @@ typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 
 // Across the lanes: halves with halves.
-INLINE float sum(f32x16 x) {
-    f32x8 eight[2];
+template <typename Eight, typename Four, typename Sixteen>
+INLINE auto add_lanes(Sixteen x) {
+    Eight eight[2];
     std::memcpy(eight, &x, sizeof x);
     eight[0] += eight[1];
-    f32x4 four[2];
+    Four four[2];
     std::memcpy(four, eight, sizeof four);
     four[0] += four[1];
     return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
-INLINE int32_t sum(i32x16 x) {
-    i32x8 eight[2];
-    std::memcpy(eight, &x, sizeof x);
-    eight[0] += eight[1];
-    i32x4 four[2];
-    std::memcpy(four, eight, sizeof four);
-    four[0] += four[1];
-    return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
-}
+INLINE float sum(f32x16 x) { return add_lanes<f32x8, f32x4>(x); }
+INLINE int32_t sum(i32x16 x) { return add_lanes<i32x8, i32x4>(x); }
 INLINE float largest(f32x16 x) {
     f32x8 eight[2];
     std::memcpy(eight, &x, sizeof x);

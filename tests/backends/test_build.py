@@ -19,8 +19,9 @@ from bimo.engine.fused import FusedCache
 from bimo.engine.kernels import load_kernels
 from bimo.errors import UsageError
 from bimo.formats.gguf import write_gguf
-from bimo.formats.huggingface import read_config
+from bimo.formats.huggingface import load_weights, read_config
 from bimo.models.config import DecoderConfig
+from bimo.quant.weights import QuantisedWeight, round_weight
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="the C++ kernels are not built")
 CONFIG = DecoderConfig(
@@ -63,6 +64,7 @@ def test_without_the_kernels_plain_torch_serves() -> None:
     assert choose_precision(CONFIG).quant == "none"
     for quant in QUANTS:
         assert not choose_precision(CONFIG, quant=quant).fused
+    assert choose_precision(CONFIG, quant="int8", dtype=None).name.startswith("int8 widened to")
     with pytest.raises(UsageError, match="needs quantised weights and the kernels"):
         choose_precision(CONFIG, quant="int8", cache_dtype="int8")
 
@@ -107,6 +109,20 @@ def test_greedy_text_with_and_without_kernels(
             assert model.backend.info().quant == quant
     load_kernels.cache_clear()
     assert answers[0][:1] == answers[1][:1]
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.usefixtures("no_kernels")
+def test_plain_torch_computes_with_the_rounded_weights(quant: str, tiny_model_dir: Path) -> None:
+    config = read_config(tiny_model_dir)
+    model = build.build_model("tiny", tiny_model_dir, config, choose_precision(config, quant=quant))
+    name = "embed_tokens.weight"
+    (weight,) = (tensor for key, tensor in load_weights(tiny_model_dir, config) if key == name)
+    rounded = round_weight(name, weight, quant, tied=config.tied_embeddings)
+    expected = rounded.dequantise() if isinstance(rounded, QuantisedWeight) else weight.float()
+    found = model.state_dict()[name].float()
+    assert torch.equal(found, expected.to(model.state_dict()[name].dtype).float())
+    assert isinstance(rounded, QuantisedWeight) == config.tied_embeddings
 
 
 def test_the_file_s_own_weights(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

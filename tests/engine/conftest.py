@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +81,39 @@ def run(engine: Engine, requests: Iterable[Request], limit: int = 5000) -> list[
     assert not engine.has_work, "the engine makes no progress"
     assert all(answer.usage is not None for answer in answers.values())
     return [answers[request.request_id] for request in requests]
+
+
+def play(engine: Engine, arrivals: list[tuple[Any, int, int | None]], ask: Callable[..., Request]) -> list[Any]:
+    """Let requests arrive `gap` steps after each other and some be aborted `life` steps after they arrived.
+
+    arrivals: (job, gap, life or None); ask(*job) makes the request. The engine's integrity is checked after every step,
+    and that nothing is left over. Returns (Answer, job) of each.
+    """
+    due: list[tuple[int, str, Request, Any]] = []
+    now = 0
+    for job, gap, life in arrivals:
+        now += gap
+        request = ask(*job)
+        due.append((now, "add", request, job))
+        if life is not None:
+            due.append((now + life, "abort", request, job))
+    due.sort(key=lambda event: event[0])
+    answers: dict[str, tuple[Answer, Any]] = {}
+    for step in range(4000):
+        while due and due[0][0] <= step:
+            _, action, request, job = due.pop(0)
+            if action == "add":
+                engine.add(request)
+                answers[request.request_id] = (Answer(request.sampling.n), job)
+            for output in engine.abort(request.request_id) if action == "abort" else []:
+                answers[output.request_id][0].add(output)
+            engine.check_integrity()
+        if engine.has_work:
+            for output in engine.step():
+                answers[output.request_id][0].add(output)
+            engine.check_integrity()
+        elif not due:
+            break
+    assert not engine.has_work and not due
+    assert engine.pool.num_free == engine.pool.num_blocks, "blocks leaked"
+    return list(answers.values())

@@ -15,7 +15,7 @@ from bimo.engine.engine import Engine
 from bimo.engine.request import Request, SamplingParams
 from bimo.errors import ContextLengthError, UsageError
 
-from .conftest import Answer, run
+from .conftest import Answer, play, run
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -64,37 +64,8 @@ jobs = st.tuples(st.integers(0, len(TEXTS) - 1), st.integers(0, len(SAMPLING) - 
 def test_any_arrivals_aborts_and_cache_sizes(make_engine, alone, arrivals, num_blocks, limits) -> None:
     """Requests arrive `gap` steps after each other; some are aborted `life` steps after they arrived."""
     engine = make_engine(num_blocks=num_blocks, max_batch=limits[0], max_step_tokens=limits[1])
-    due: list[tuple[int, str, Request, tuple]] = []
-    now = 0
-    for job, gap, life in arrivals:
-        now += gap
-        request = make_request(engine, *job)
-        due.append((now, "add", request, job))
-        if life is not None:
-            due.append((now + life, "abort", request, job))
-    due.sort(key=lambda event: event[0])
-    answers: dict[str, tuple[Answer, tuple]] = {}
-    for step in range(4000):
-        while due and due[0][0] <= step:
-            _, action, request, job = due.pop(0)
-            outputs = []
-            if action == "add":
-                engine.add(request)
-                answers[request.request_id] = (Answer(request.sampling.n), job)
-            else:
-                outputs = engine.abort(request.request_id)
-            for output in outputs:
-                answers[output.request_id][0].add(output)
-            engine.check_integrity()
-        if engine.has_work:
-            for output in engine.step():
-                answers[output.request_id][0].add(output)
-            engine.check_integrity()
-        elif not due:
-            break
-    assert not engine.has_work and not due
-    assert engine.pool.num_free == num_blocks, "blocks leaked"
-    for answer, job in answers.values():
+    answers = play(engine, arrivals, lambda *job: make_request(engine, *job))
+    for answer, job in answers:
         assert answer.usage is not None
         expected = alone(*job)
         for i, reason in enumerate(answer.reasons):

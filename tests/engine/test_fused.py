@@ -249,6 +249,5 @@ def test_a_plan_of_the_scheduler() -> None:
     sequence = Sequence(
         request=Request(prompt_token_ids=ids), index=0, arrival=0, token_ids=ids, num_prompt=9, max_tokens=1, blocks=[7]
     )
-    plan = fused.step_attention(None, [Scheduled(sequence, 0, 9)])  # type: ignore[arg-type]
-    hidden = fused(torch.tensor([ids]), torch.arange(9)[None], plan)
-    assert torch.equal(hidden[0], fused.fused.forward(ids, [(0, 9, [7])]))
+    hidden = fused.run([Scheduled(sequence, 0, 9)])
+    assert torch.equal(hidden, fused.fused.forward(ids, [(0, 9, [7])]))

@@ -34,7 +34,7 @@ from bimo.models.decoder import Decoder
 from bimo.tokenizer.load import Tokenizer
 from tests.conftest import make_tiny_model
 
-from .conftest import Answer, run
+from .conftest import Answer, play, run
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. The quick brown fox jumps over the lazy dog. The quick",
@@ -175,35 +175,13 @@ def test_any_arrivals_aborts_and_cache_sizes(with_proposer, plain, kind, arrival
     )
     computed: list[list[Scheduled]] = []
     engine.runner.run = lambda plan, copies, run=engine.runner.run: (computed.append(plan), run(plan, copies))[1]
-    due: list[tuple[int, str, Request, tuple]] = []
-    now = 0
-    for job, gap, life in arrivals:
-        now += gap
+
+    def ask(*job: int) -> Request:
         request = make_request(engine.tokenizer, *job)
         tell(engine, request, plain(*job)[0])
-        due.append((now, "add", request, job))
-        if life is not None:
-            due.append((now + life, "abort", request, job))
-    due.sort(key=lambda event: event[0])
-    answers: dict[str, tuple[Answer, tuple]] = {}
-    for step in range(4000):
-        while due and due[0][0] <= step:
-            _, action, request, job = due.pop(0)
-            if action == "add":
-                engine.add(request)
-                answers[request.request_id] = (Answer(request.sampling.n), job)
-            for output in engine.abort(request.request_id) if action == "abort" else []:
-                answers[output.request_id][0].add(output)
-            engine.check_integrity()
-        if engine.has_work:
-            for output in engine.step():
-                answers[output.request_id][0].add(output)
-            engine.check_integrity()
-        elif not due:
-            break
-    assert not engine.has_work and not due
-    assert engine.pool.num_free == num_blocks, "blocks leaked"
-    for answer, job in answers.values():
+        return request
+
+    for answer, job in play(engine, arrivals, ask):
         expected, _ = plain(*job)
         if "abort" not in answer.reasons:
             assert_same(answer, expected)

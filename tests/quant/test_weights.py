@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bimo.quant.weights import QuantisedWeight, quantise4, quantise8
+from bimo.errors import CorruptModelError
+from bimo.quant.weights import QuantisedWeight, quantise4, quantise8, round_weight
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (16, 100), (1, 1), (3, 33)])
@@ -60,3 +61,30 @@ def test_rows_in_another_order() -> None:
         expected = rounded.dequantise()[[2, 0, 0]]
         expected[1] = 0
         assert torch.equal(picked, expected)
+
+
+def test_large_matrices_are_rounded_in_slices_to_the_same() -> None:
+    torch.manual_seed(3)
+    weight = torch.randn(9000, 64)
+    for quantise in (quantise8, quantise4):
+        whole = quantise(weight)
+        for first in (0, 4095, 4096, 8999):
+            part = quantise(weight[first : first + 1])
+            assert torch.equal(whole.codes[first], part.codes[0]) and torch.equal(whole.scales[first], part.scales[0])
+
+
+def test_what_is_rounded_and_how_far() -> None:
+    weight = torch.randn(4, 64)
+
+    def form(name: str, quant: str, tied: bool) -> str | None:
+        found = round_weight(name, weight, quant, tied=tied)
+        return found.format if isinstance(found, QuantisedWeight) else None
+
+    assert form("layers.0.mlp.down_proj.weight", "int8", True) == "block8"
+    assert form("layers.0.mlp.down_proj.weight", "int4", True) == "block4"
+    assert form("embed_tokens.weight", "int4", True) == form("lm_head.weight", "int4", False) == "block8"
+    assert form("embed_tokens.weight", "int8", False) is None and form("embed_positions.weight", "int8", True) is None
+    assert torch.equal(round_weight("final_norm.weight", weight[0], "int8", tied=True), weight[0])
+    weight[2, 2] = torch.nan
+    with pytest.raises(CorruptModelError, match=r"lm_head\.weight: a weight is not a number.*fetch it again"):
+        round_weight("lm_head.weight", weight, "int8", tied=False)
