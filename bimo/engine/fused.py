@@ -115,7 +115,7 @@ class _Packer:
     def __init__(self, config: DecoderConfig, kernels: ModuleType, quant: str) -> None:
         self.config, self.kernels, self.quant = config, kernels, quant
         self.small: dict[str, Tensor] = {}  # norms, biases, positions: float32
-        self.plain: dict[str, QuantisedWeight] = {}
+        self.packed: dict[str, Any] = {}
         self.embedding: Tensor | None = None
 
     def take(self, name: str, weight: Weight) -> None:
@@ -130,21 +130,25 @@ class _Packer:
         if isinstance(weight, Tensor):
             self.small[name] = weight.float()
             return
-        self.plain[name] = weight
-
-    def matrix(self, name: str, index: Tensor | None = None) -> object:
-        """A packed matrix; `index` puts its rows into another order."""
-        weight, bias = self.plain.pop(f"{name}.weight"), self.small.pop(f"{name}.bias", None)
-        if index is not None:
+        if (index := self._order(name)) is not None:
             weight = weight.rows(index)
-            bias = None if bias is None else torch.where(index < 0, 0, bias[index.clamp_min(0)])
-        return self.kernels.pack(weight.format, weight.codes, weight.scales, weight.minima, bias)
+        self.packed[name] = self.kernels.pack(weight.format, weight.codes, weight.scales, weight.minima)
+
+    def matrix(self, name: str) -> Any:
+        """A packed matrix with its bias."""
+        bias, index = self.small.pop(f"{name}.bias", None), self._order(f"{name}.weight")
+        if bias is not None and index is not None:
+            bias = torch.where(index < 0, 0, bias[index.clamp_min(0)])
+        return self.packed.pop(f"{name}.weight").with_bias(bias)
 
     def norm(self, name: str) -> tuple[Tensor, Tensor | None]:
         return self.small.pop(f"{name}.weight"), self.small.pop(f"{name}.bias", None)
 
-    def inner_order(self) -> Tensor:
-        """Rows of the gate and of up in turns of 16, or of up alone, filled up to whole groups of columns of down."""
+    def _order(self, name: str) -> Tensor | None:
+        """For the MLP's first matrix: rows of the gate and of up in turns of 16, or of up alone, filled up to whole
+        groups of columns of the second. None: as they are."""
+        if not name.endswith(("mlp.gate_up_proj.weight", "mlp.up_proj.weight")):
+            return None
         inner, group = self.config.intermediate_size, self.kernels.GROUP
         rows = torch.arange(-(-inner // group) * group)
         rows[inner:] = -1
@@ -163,7 +167,7 @@ class _Packer:
                 mlp_norm=self.norm(f"{base}.mlp_norm"),
                 qkv=self.matrix(f"{base}.attention.qkv_proj"),
                 out=self.matrix(f"{base}.attention.out_proj"),
-                up=self.matrix(f"{base}.mlp.{up_name}", self.inner_order()),
+                up=self.matrix(f"{base}.mlp.{up_name}"),
                 down=self.matrix(f"{base}.mlp.down_proj"),
                 q_norm=self.small.get(f"{base}.attention.q_norm.weight"),
                 k_norm=self.small.get(f"{base}.attention.k_norm.weight"),

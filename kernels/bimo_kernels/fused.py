@@ -7,7 +7,7 @@ Sizes and indices are checked in C++ (src/fused.cpp), where they are used.
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class PackedMatrix:
         """Bytes read for one product."""
         return self.codes.nbytes + self.scales.nbytes
 
+    def with_bias(self, bias: Tensor | None) -> PackedMatrix:
+        """The same with a bias (rows,), or None, added to each result."""
+        return replace(self, bias=None if bias is None else F.pad(bias.float(), (0, -self.rows % LANES)).contiguous())
+
     def fields(self) -> tuple[Any, ...]:
         bias = 0 if self.bias is None else self.bias.data_ptr()
         return (
@@ -54,14 +58,13 @@ class PackedMatrix:
         )  # fmt: skip
 
 
-def pack(format: str, codes: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None = None) -> PackedMatrix:
+def pack(format: str, codes: Tensor, scales: Tensor, minima: Tensor | None) -> PackedMatrix:
     """Lay a quantised weight out in panels.
 
     Args:
         format: "block8" (w = scale (q - 128)) or "block4" (w = scale q + minimum).
         codes: (rows, columns) uint8, for 4 bits below 16.
         scales: (rows, columns / 32 rounded up) float16. minima: like scales, for "block4".
-        bias: (rows,) float32.
     """
     rows, columns = codes.shape
     codes = F.pad(codes, (0, -columns % GROUP, 0, -rows % LANES))
@@ -76,9 +79,7 @@ def pack(format: str, codes: Tensor, scales: Tensor, minima: Tensor | None, bias
     else:
         packed = _aligned(codes.view(panels, LANES, -1, 4).permute(0, 2, 1, 3))
         scales = _by_panel(scales, panels, groups)
-    if bias is not None:
-        bias = F.pad(bias.float(), (0, -rows % LANES)).contiguous()
-    return PackedMatrix(format, rows, columns, packed, _aligned(scales), bias)
+    return PackedMatrix(format, rows, columns, packed, _aligned(scales))
 
 
 def _by_panel(values: Tensor, panels: int, groups: int) -> Tensor:

@@ -163,7 +163,7 @@ def test_products_against_float64(shape: tuple[int, int], rows: int, instruction
     weight, x, bias = torch.randn(shape) * 0.1, torch.randn(rows, shape[1]), torch.randn(shape[0])
     x[0, 0] = 50.0  # an outlier costs its own group only
     for quantised in (quantise8(weight), quantise4(weight)):
-        packed = kernels.pack(quantised.format, quantised.codes, quantised.scales, quantised.minima, bias)
+        packed = kernels.pack(quantised.format, quantised.codes, quantised.scales, quantised.minima).with_bias(bias)
         groups = torch.nn.functional.pad(x, (0, -shape[1] % 32)).unflatten(1, (-1, 32)).double()
         scale = (groups.abs().amax(2, keepdim=True) / 127).clamp_min(1e-30)
         rounded = ((groups / scale).round() * scale).flatten(1)[:, : shape[1]]
