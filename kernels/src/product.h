@@ -5,6 +5,8 @@
 // With unsigned codes q and signed activations a: sum (q - 128) a = sum q a - 128 sum a, so 8-bit sums start at
 // -128 sum a, and 4-bit ones add minimum * sum a.
 #pragma once
+#include <algorithm>
+
 #include "model.h"
 #include "simd.h"
 
@@ -35,6 +37,7 @@ struct Activations {
         const int64_t left = rows - tile * TILE;
         return left > 4 ? 8 : left > 2 ? 4 : left;
     }
+    int64_t padded_rows() const { return (tiles() - 1) * TILE + width(tiles() - 1); }
 };
 
 // Quantise `count` floats (the rest of the group counts as zero) into group `g` of a row.
@@ -81,92 +84,87 @@ INLINE void clear_padding_rows(Activations& to, int64_t tile) {
         for (int64_t g = 0; g < to.groups; g++) quantise_group(to, row, g, zeros, GROUP);
 }
 
-// NB panels by one tile of MB rows -> out [NB][MB][16].
-template <int MB, int NB, Format FORMAT>
+// One panel by one tile of MB rows -> out [MB][16].
+//
+// One stream at a time: memory is read fastest in one long run, a run that the processor itself sees coming. With 8 rows
+// the products take as long as the reading, and one must go on during the other: the next panel is asked for ahead, each
+// tile asking for its share of it.
+template <int MB, Format FORMAT>
 INLINE void multiply(const Matrix& w, int64_t panel, const Activations& x, int64_t tile, float* out) {
-    const int64_t groups = x.groups;
+    const int64_t groups = x.groups, tiles = x.tiles();
     const int8_t* a = x.codes + tile * TILE * x.padded;
     const float *scales = x.scales + tile * TILE * groups, *sums = x.sums + tile * TILE * groups;
     const int32_t* starts = x.starts + tile * TILE * groups;
-    const uint8_t* codes[NB];
-    const uint16_t* halves[NB];
-    constexpr int64_t PER_GROUP = FORMAT == Format::BLOCK4 ? 2 * LANES : LANES;
-    for (int n = 0; n < NB; n++) {
-        codes[n] = w.codes + (panel + n) * w.panel_bytes();
-        halves[n] = w.scales + (panel + n) * groups * PER_GROUP;
-    }
-    f32x16 total[NB][MB] = {};
+    constexpr int64_t CODE_BYTES = FORMAT == Format::BLOCK4 ? 256 : 512;  // of a group
+    constexpr int64_t HALVES = FORMAT == Format::BLOCK4 ? 2 * LANES : LANES;
+    const uint8_t* codes = w.codes + panel * w.panel_bytes();
+    const uint16_t* halves = w.scales + panel * groups * HALVES;
+    f32x16 total[MB] = {};
     for (int64_t g = 0; g < groups; g++) {
-        i32x16 part[NB][MB];
-        for (int m = 0; m < MB; m++) {
-            const i32x16 start = FORMAT == Format::BLOCK4 ? i32x16{} : starts[g * MB + m] - i32x16{};
-            for (int n = 0; n < NB; n++) part[n][m] = start;
+        if constexpr (MB == TILE) {
+            for (int64_t line = 64 * tile; line < CODE_BYTES; line += 64 * tiles)
+                __builtin_prefetch(codes + w.panel_bytes() + line, 0, 2);
+            if (tile == 0) __builtin_prefetch(halves + groups * HALVES, 0, 2);
         }
+        i32x16 part[MB];
+        for (int m = 0; m < MB; m++) part[m] = FORMAT == Format::BLOCK4 ? i32x16{} : starts[g * MB + m] - i32x16{};
         if constexpr (FORMAT == Format::BLOCK4) {
 #pragma GCC unroll 4
             for (int s = 0; s < 4; s++) {
-                for (int n = 0; n < NB; n++) {
-                    Codes low, high;
-                    load_halves(codes[n] + 64 * s, low, high);
-                    for (int m = 0; m < MB; m++) part[n][m] = dot4(part[n][m], low, a + 4 * (s * MB + m));
-                    for (int m = 0; m < MB; m++) part[n][m] = dot4(part[n][m], high, a + 4 * ((s + 4) * MB + m));
-                }
+                Codes low, high;
+                load_halves(codes + 64 * s, low, high);
+                for (int m = 0; m < MB; m++) part[m] = dot4(part[m], low, a + 4 * (s * MB + m));
+                for (int m = 0; m < MB; m++) part[m] = dot4(part[m], high, a + 4 * ((s + 4) * MB + m));
             }
-            for (int n = 0; n < NB; n++) codes[n] += 256;
-            a += 32 * MB;
         } else {
-            constexpr int STEPS = GROUP / 4;
 #pragma GCC unroll 4
-            for (int s = 0; s < STEPS; s++) {
-                for (int n = 0; n < NB; n++) {
-                    const Codes c = load_codes(codes[n] + 64 * s);
-                    for (int m = 0; m < MB; m++) part[n][m] = dot4(part[n][m], c, a + 4 * (s * MB + m));
-                }
-            }
-            for (int n = 0; n < NB; n++) codes[n] += 64 * STEPS;
-            a += 4 * STEPS * MB;
-        }
-        for (int n = 0; n < NB; n++) {
-            const f32x16 scale = half_to_float(halves[n] + g * PER_GROUP);
-            f32x16 minimum = {};
-            if constexpr (FORMAT == Format::BLOCK4) minimum = half_to_float(halves[n] + g * PER_GROUP + LANES);
-            for (int m = 0; m < MB; m++) {
-                total[n][m] += to_float(part[n][m]) * (scale * scales[g * MB + m]);
-                if constexpr (FORMAT == Format::BLOCK4) total[n][m] += minimum * sums[g * MB + m];
+            for (int s = 0; s < 8; s++) {
+                const Codes c = load_codes(codes + 64 * s);
+                for (int m = 0; m < MB; m++) part[m] = dot4(part[m], c, a + 4 * (s * MB + m));
             }
         }
+        const f32x16 scale = half_to_float(halves);
+        for (int m = 0; m < MB; m++) total[m] += to_float(part[m]) * (scale * scales[g * MB + m]);
+        if constexpr (FORMAT == Format::BLOCK4) {
+            const f32x16 minimum = half_to_float(halves + LANES);
+            for (int m = 0; m < MB; m++) total[m] += minimum * sums[g * MB + m];
+        }
+        codes += CODE_BYTES, halves += HALVES, a += GROUP * MB;
     }
-    for (int n = 0; n < NB; n++) {
-        f32x16 bias = {};
-        if (w.bias) bias = load<f32x16>(w.bias + (panel + n) * LANES);
-        for (int m = 0; m < MB; m++) store(out + (n * MB + m) * LANES, total[n][m] + bias);
-    }
+    f32x16 bias = {};
+    if (w.bias) bias = load<f32x16>(w.bias + panel * LANES);
+    for (int m = 0; m < MB; m++) store(out + m * LANES, total[m] + bias);
 }
 
 template <Format FORMAT>
-void multiply_panels(const Matrix& w, int64_t panel, int64_t count, const Activations& x, int64_t tile, float* out) {
-    const int64_t end = panel + count, width = x.width(tile), size = width * LANES;
-    if (width == 1) {  // several panels at once, so that one sum need not wait for the other
-        for (; panel + 4 <= end; panel += 4, out += 4 * size) multiply<1, 4, FORMAT>(w, panel, x, tile, out);
-        for (; panel < end; panel++, out += size) multiply<1, 1, FORMAT>(w, panel, x, tile, out);
-    } else if (width == 2) {
-        for (; panel + 4 <= end; panel += 4, out += 4 * size) multiply<2, 4, FORMAT>(w, panel, x, tile, out);
-        for (; panel < end; panel++, out += size) multiply<2, 1, FORMAT>(w, panel, x, tile, out);
-    } else if (width == 4) {
-        for (; panel + 2 <= end; panel += 2, out += 2 * size) multiply<4, 2, FORMAT>(w, panel, x, tile, out);
-        for (; panel < end; panel++, out += size) multiply<4, 1, FORMAT>(w, panel, x, tile, out);
-    } else {
-        for (; panel < end; panel++, out += size) multiply<8, 1, FORMAT>(w, panel, x, tile, out);
+void multiply_panel(const Matrix& w, int64_t panel, const Activations& x, int64_t tile, float* out) {
+    switch (x.width(tile)) {
+        case 1: return multiply<1, FORMAT>(w, panel, x, tile, out);
+        case 2: return multiply<2, FORMAT>(w, panel, x, tile, out);
+        case 4: return multiply<4, FORMAT>(w, panel, x, tile, out);
+        default: return multiply<TILE, FORMAT>(w, panel, x, tile, out);
     }
 }
 
-// `count` panels from `panel` on, by one tile -> out [count][width][16].
+constexpr int64_t TILES = 8;  // tiles that a panel, once it is near, is multiplied by before the next one
+
+// `count` panels from `panel` on by up to TILES tiles from `tile` on -> out [tile][panel][TILE][16].
 INLINE void multiply_panels(const Matrix& w, int64_t panel, int64_t count, const Activations& x, int64_t tile,
                             float* out) {
-    switch (w.format) {
-        case Format::BLOCK8: return multiply_panels<Format::BLOCK8>(w, panel, count, x, tile, out);
-        case Format::BLOCK4: return multiply_panels<Format::BLOCK4>(w, panel, count, x, tile, out);
-    }
+    const int64_t end = std::min(tile + TILES, x.tiles());
+    for (int64_t p = 0; p < count; p++)
+        for (int64_t t = tile; t < end; t++) {
+            float* to = out + ((t - tile) * count + p) * TILE * LANES;
+            if (w.format == Format::BLOCK4)
+                multiply_panel<Format::BLOCK4>(w, panel + p, x, t, to);
+            else
+                multiply_panel<Format::BLOCK8>(w, panel + p, x, t, to);
+        }
+}
+
+// Where a row's results of the `panel`th of `count` are in `out`.
+INLINE int64_t place_of(int64_t row, int64_t panel, int64_t count) {
+    return ((row / TILE % TILES * count + panel) * TILE + row % TILE) * LANES;
 }
 
 // One row of the matrix as floats: an embedding that is tied to the head.

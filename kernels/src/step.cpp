@@ -169,28 +169,38 @@ INLINE void make_heads(const Model& m, int64_t number_of_layer, const Step& step
                        int64_t first, int64_t end) {
     const Layer& layer = m.layers[number_of_layer];
     const int64_t dim = m.head_dim, panels = dim / LANES;
-    alignas(64) float out[256 * TILE], head[256];
+    alignas(64) float out[256 * TILE * TILES], head[256];
     for (int64_t h = first; h < end; h++) {
         const bool is_query = h < m.heads, is_key = !is_query && h < m.heads + m.kv_heads;
         const float* norm = is_query ? layer.q_norm : is_key ? layer.k_norm : nullptr;
         const Span* span = step.spans.data();
-        for (int64_t tile = 0; tile < normed.tiles(); tile++) {
-            const int64_t width = normed.width(tile);
-            multiply_panels(layer.qkv, h * panels, panels, normed, tile, out);
-            for (int64_t row = tile * TILE; row < step.num_tokens && row < (tile + 1) * TILE; row++) {
-                for (int64_t p = 0; p < panels; p++)
-                    store(head + p * LANES, load<f32x16>(out + (p * width + row - tile * TILE) * LANES));
-                if (is_query || is_key) turn(m, norm, b.angles + row * dim, head);
-                if (is_query) {
-                    put_query(m, b, row, h, head);
-                    continue;
-                }
-                while (row >= span->row + span->count) span++;
-                const int64_t position = span->start + row - span->row;
-                put_cache(m, number_of_layer, (h - m.heads) % m.kv_heads, is_key, span->blocks[position / LANES],
-                          position % LANES, head);
+        for (int64_t row = 0; row < step.num_tokens; row++) {
+            const int64_t tile = row / TILE;
+            if (row % (TILES * TILE) == 0) multiply_panels(layer.qkv, h * panels, panels, normed, tile, out);
+            for (int64_t p = 0; p < panels; p++)
+                store(head + p * LANES, load<f32x16>(out + place_of(row, p, panels)));
+            if (is_query || is_key) turn(m, norm, b.angles + row * dim, head);
+            if (is_query) {
+                put_query(m, b, row, h, head);
+                continue;
             }
+            while (row >= span->row + span->count) span++;
+            const int64_t position = span->start + row - span->row;
+            put_cache(m, number_of_layer, (h - m.heads) % m.kv_heads, is_key, span->blocks[position / LANES],
+                      position % LANES, head);
         }
+    }
+}
+
+// Ask for the first blocks of a task's keys and values: a task of a short sequence is over before memory answers.
+INLINE void ask_for(const Model& m, int64_t layer, const Task& task) {
+    const int64_t bytes = LANES * m.head_dim * (m.kv_int8 ? 1 : 2);
+    const int64_t head = (layer * m.kv_heads + task.head) * m.num_blocks;
+    const int64_t last = (task.span->start + task.first) / LANES, first = std::max<int64_t>(0, last - 7);
+    for (int64_t b = first; b <= last; b++) {
+        const int64_t at = (head + task.span->blocks[b]) * bytes;
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(m.keys + at + line, 0, 2);
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(m.values + at + line, 0, 2);
     }
 }
 
@@ -217,19 +227,13 @@ INLINE void attend_task(const Model& m, int64_t layer, const Task& task, Buffers
 
 // y += W x for some panels.
 INLINE void add_product(const Matrix& w, const Activations& x, float* y, int64_t columns, int64_t first, int64_t end) {
-    alignas(64) float out[LANES * TILE * 4];
-    for (int64_t panel = first; panel < end;) {
-        const int64_t count = std::min<int64_t>(x.rows <= 4 ? 4 : 1, end - panel);
-        for (int64_t tile = 0; tile < x.tiles(); tile++) {
-            const int64_t width = x.width(tile);
-            multiply_panels(w, panel, count, x, tile, out);
-            for (int64_t row = tile * TILE; row < x.rows && row < (tile + 1) * TILE; row++)
-                for (int64_t p = 0; p < count; p++) {
-                    float* at = y + row * columns + (panel + p) * LANES;
-                    store(at, load<f32x16>(at) + load<f32x16>(out + (p * width + row - tile * TILE) * LANES));
-                }
+    alignas(64) float out[LANES * TILE * TILES];
+    for (int64_t panel = first; panel < end; panel++) {
+        for (int64_t row = 0; row < x.rows; row++) {
+            if (row % (TILES * TILE) == 0) multiply_panels(w, panel, 1, x, row / TILE, out);
+            float* at = y + row * columns + panel * LANES;
+            store(at, load<f32x16>(at) + load<f32x16>(out + place_of(row, 0, 1)));
         }
-        panel += count;
     }
 }
 
@@ -238,20 +242,17 @@ INLINE void make_inner(const Model& m, const Layer& layer, const Activations& no
                        int64_t first, int64_t end) {
     constexpr int64_t per_group = GROUP / LANES;
     const int64_t panels = m.gated ? 2 * per_group : per_group;
-    alignas(64) float out[LANES * TILE * 2 * per_group], values[TILE][GROUP] = {};
+    alignas(64) float out[LANES * TILE * TILES * 2 * per_group], values[GROUP];
     for (int64_t g = first; g < end; g++) {
-        for (int64_t tile = 0; tile < normed.tiles(); tile++) {
-            const int64_t width = normed.width(tile);
-            multiply_panels(layer.up, g * panels, panels, normed, tile, out);
-            for (int64_t i = 0; i < width; i++) {
-                for (int64_t p = 0; p < per_group; p++) {
-                    const int64_t at = (m.gated ? 2 * p : p) * width + i;
-                    f32x16 v = activate(m.activation, load<f32x16>(out + at * LANES));
-                    if (m.gated) v *= load<f32x16>(out + (at + width) * LANES);
-                    store(values[i] + p * LANES, v);
-                }
-                quantise_group(inner, tile * TILE + i, g, values[i], GROUP);
+        for (int64_t row = 0; row < inner.padded_rows(); row++) {
+            if (row % (TILES * TILE) == 0) multiply_panels(layer.up, g * panels, panels, normed, row / TILE, out);
+            for (int64_t p = 0; p < per_group; p++) {
+                const float* at = out + place_of(row, m.gated ? 2 * p : p, panels);
+                f32x16 v = activate(m.activation, load<f32x16>(at));
+                if (m.gated) v *= load<f32x16>(at + TILE * LANES);
+                store(values + p * LANES, v);
             }
+            quantise_group(inner, row, g, values, GROUP);
         }
     }
 }
@@ -309,47 +310,47 @@ void forward(const Model& m, const Step& step) {
     b.heads = scratch(6, heads_bytes);
     b.inner = scratch(7, inner_bytes);
     list_tasks(m, step, omp_get_max_threads(), b);
-    Team team;
-    team.threads = omp_get_max_threads();
+    Team team(omp_get_max_threads());
 #pragma omp parallel
     {
-        Worker worker(team);
-        const int64_t tiles = (rows + TILE - 1) / TILE, at_once = rows <= 4 ? 4 : 1;
-        worker.run(rows, 1, [&](int64_t first, int64_t end) { look_up(m, step, b, first, end); });
+        Worker worker(team, omp_get_thread_num());
+        const int64_t tiles = (rows + TILE - 1) / TILE;
+        worker.run(rows, [&](int64_t first, int64_t end) { look_up(m, step, b, first, end); });
         for (int64_t l = 0; l < int64_t(m.layers.size()); l++) {
             const Layer& layer = m.layers[l];
             Activations normed(b.normed, rows, layer.qkv), heads(b.heads, rows, layer.out);
-            worker.run(tiles, 1, [&](int64_t first, int64_t end) {
+            worker.run(tiles, [&](int64_t first, int64_t end) {
                 quantise_rows(m, &layer.attention_norm, b.x, m.hidden, normed, first, end);
             });
-            worker.run(m.heads + 2 * m.kv_heads, 1,
+            worker.run(m.heads + 2 * m.kv_heads,
                        [&](int64_t first, int64_t end) { make_heads(m, l, step, normed, b, first, end); });
-            worker.run(int64_t(b.tasks.size()), 1, [&](int64_t first, int64_t end) {
+            worker.run(int64_t(b.tasks.size()), [&](int64_t first, int64_t end) {
                 for (int64_t t = first; t < end; t++) {
+                    if (t + 1 < int64_t(b.tasks.size())) ask_for(m, l, b.tasks[t + 1]);
                     if (m.kv_int8)
                         attend_task<int8_t, int16_t>(m, l, b.tasks[t], b);
                     else
                         attend_task<uint16_t, uint16_t>(m, l, b.tasks[t], b);
                 }
             });
-            worker.run(tiles, 1, [&](int64_t first, int64_t end) {
+            worker.run(tiles, [&](int64_t first, int64_t end) {
                 quantise_rows(m, nullptr, b.attended, width, heads, first, end);
             });
-            worker.run(layer.out.panels, at_once, [&](int64_t first, int64_t end) {
+            worker.run(layer.out.panels, [&](int64_t first, int64_t end) {
                 add_product(layer.out, heads, b.x, m.hidden, first, end);
             });
             Activations normed_again(b.normed, rows, layer.up), inner(b.inner, rows, layer.down);
-            worker.run(tiles, 1, [&](int64_t first, int64_t end) {
+            worker.run(tiles, [&](int64_t first, int64_t end) {
                 quantise_rows(m, &layer.mlp_norm, b.x, m.hidden, normed_again, first, end);
             });
-            worker.run(inner.groups, 1, [&](int64_t first, int64_t end) {
+            worker.run(inner.groups, [&](int64_t first, int64_t end) {
                 make_inner(m, layer, normed_again, inner, first, end);
             });
-            worker.run(layer.down.panels, at_once, [&](int64_t first, int64_t end) {
+            worker.run(layer.down.panels, [&](int64_t first, int64_t end) {
                 add_product(layer.down, inner, b.x, m.hidden, first, end);
             });
         }
-        worker.run(rows, 1, [&](int64_t first, int64_t end) {
+        worker.run(rows, [&](int64_t first, int64_t end) {
             for (int64_t row = first; row < end; row++)
                 normalise(m, m.final_norm, b.x + row * m.hidden, step.hidden + row * m.hidden);
         });
@@ -359,30 +360,22 @@ void forward(const Model& m, const Step& step) {
 // y [rows][w.rows] = W x [rows][w.columns].
 void product(const Matrix& w, const float* x, int64_t rows, float* y) {
     char* memory = scratch(5, Activations::bytes(rows, w.padded));
-    Team team;
-    team.threads = omp_get_max_threads();
+    Team team(omp_get_max_threads());
 #pragma omp parallel
     {
-        Worker worker(team);
+        Worker worker(team, omp_get_thread_num());
         Activations quantised(memory, rows, w);
-        worker.run(quantised.tiles(), 1, [&](int64_t first, int64_t end) {
+        worker.run(quantised.tiles(), [&](int64_t first, int64_t end) {
             quantise_rows(Model{}, nullptr, x, w.columns, quantised, first, end);
         });
-        worker.run(w.panels, 4, [&](int64_t panel, int64_t last) {
-            alignas(64) float out[LANES * TILE * 4];
-            while (panel < last) {
-                const int64_t count = std::min<int64_t>(rows <= 4 ? 4 : 1, last - panel);
-                for (int64_t tile = 0; tile < quantised.tiles(); tile++) {
-                    const int64_t width = quantised.width(tile);
-                    multiply_panels(w, panel, count, quantised, tile, out);
-                    for (int64_t row = tile * TILE; row < rows && row < (tile + 1) * TILE; row++)
-                        for (int64_t p = 0; p < count; p++) {
-                            const int64_t first = (panel + p) * LANES, left = std::min(LANES, w.rows - first);
-                            std::memcpy(y + row * w.rows + first, out + (p * width + row - tile * TILE) * LANES,
-                                        left * sizeof(float));
-                        }
+        worker.run(w.panels, [&](int64_t first, int64_t end) {
+            alignas(64) float out[LANES * TILE * TILES];
+            for (int64_t panel = first; panel < end; panel++) {
+                const int64_t column = panel * LANES, left = std::min(LANES, w.rows - column);
+                for (int64_t row = 0; row < rows; row++) {
+                    if (row % (TILES * TILE) == 0) multiply_panels(w, panel, 1, quantised, row / TILE, out);
+                    std::memcpy(y + row * w.rows + column, out + place_of(row, 0, 1), left * sizeof(float));
                 }
-                panel += count;
             }
         });
     }

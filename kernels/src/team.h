@@ -11,33 +11,41 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace bimo {
 
 struct Team {
-    alignas(64) std::atomic<uint64_t> state{0};  // phase << 32 | pieces of it that were taken
-    alignas(64) std::atomic<int64_t> done{0};    // pieces of it that are complete
-    int64_t threads = 1;
+    struct alignas(64) Share {  // pieces that are one thread's own until another has none left
+        std::atomic<uint64_t> taken{0};  // phase << 32 | how many of them
+    };
+    explicit Team(int64_t threads) : shares(threads) {}
+    std::vector<Share> shares;
+    alignas(64) std::atomic<int64_t> done{0};    // pieces of the phase that are complete
+    alignas(64) std::atomic<uint64_t> phase{0};
 };
 
 // One thread's way through the phases; all threads call `run` with the same counts in the same order.
 class Worker {
    public:
-    explicit Worker(Team& team) : team_(team) {}
+    Worker(Team& team, int64_t number) : team_(team), number_(number) {}
 
-    // Do work(first, end) over `count` things, in pieces of at least `least`; returns when all of them are done.
+    // Do work(first, end) over `count` things, in pieces; returns when all of them are done. A thread's own pieces lie
+    // side by side, so that it reads its part of a matrix in one run: a fifth faster than pieces in turns.
     template <typename Work>
-    void run(int64_t count, int64_t least, Work&& work) {
-        const int64_t size = std::max(least, (count + 6 * team_.threads - 1) / (6 * team_.threads));
-        const int64_t pieces = std::max<int64_t>(1, (count + size - 1) / size);
-        for (int64_t piece; (piece = take(pieces)) >= 0;) {
-            work(piece * size, std::min(count, (piece + 1) * size));
-            if (team_.done.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces) {
-                team_.done.store(0, std::memory_order_relaxed);
-                team_.state.store((phase_ + 1) << 32, std::memory_order_release);
+    void run(int64_t count, Work&& work) {
+        const int64_t threads = int64_t(team_.shares.size()), size = (count + PIECES * threads - 1) / (PIECES * threads);
+        const int64_t pieces = (count + size - 1) / size;
+        for (int64_t i = 0; i < threads; i++) {
+            const int64_t owner = (number_ + i) % threads;
+            const int64_t begin = owner * pieces / threads, own = (owner + 1) * pieces / threads - begin;
+            for (int64_t place; (place = take(team_.shares[owner], own)) >= 0;) {
+                const int64_t piece = begin + place;
+                work(piece * size, std::min(count, (piece + 1) * size));
+                if (team_.done.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces) finish();
             }
         }
-        for (int spins = 0; team_.state.load(std::memory_order_acquire) >> 32 == phase_; spins++) {
+        for (int spins = 0; team_.phase.load(std::memory_order_acquire) == phase_; spins++) {
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif
@@ -47,13 +55,21 @@ class Worker {
     }
 
    private:
-    int64_t take(int64_t pieces) {
-        uint64_t now = team_.state.load(std::memory_order_acquire);
-        while (now >> 32 == phase_ && int64_t(now & 0xffffffff) < pieces)
-            if (team_.state.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) return now & 0xffffffff;
+    static constexpr int64_t PIECES = 6;  // of each thread: what is left at the end of a phase is that much smaller
+
+    int64_t take(Team::Share& share, int64_t own) {
+        uint64_t now = share.taken.load(std::memory_order_acquire);
+        while (now >> 32 == phase_ && int64_t(now & 0xffffffff) < own)
+            if (share.taken.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) return now & 0xffffffff;
         return -1;
     }
+    void finish() {  // nobody takes from a share of the next phase before `phase` says so
+        team_.done.store(0, std::memory_order_relaxed);
+        for (Team::Share& share : team_.shares) share.taken.store((phase_ + 1) << 32, std::memory_order_relaxed);
+        team_.phase.store(phase_ + 1, std::memory_order_release);
+    }
     Team& team_;
+    const int64_t number_;
     uint64_t phase_ = 0;
 };
 
