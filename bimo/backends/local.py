@@ -10,8 +10,11 @@ import logging
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 
 from bimo.backends.base import BackendInfo, BackendStats, OutputSink
 from bimo.backends.build import Precision, build_model, build_runner, choose_precision
@@ -32,6 +35,33 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
+class _Post:
+    """Outputs on their way to the coroutines of one event loop. It is woken once a step, however many there are: a
+    wake-up costs as much as choosing the tokens of all of them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, full: list[_Post]) -> None:
+        self.loop = loop
+        self._bag: deque[tuple[asyncio.Queue[Output], Output]] = deque()
+        self._full = full  # those that have something to bring
+
+    def put(self, queue: asyncio.Queue[Output], output: Output) -> None:
+        """A sink. Raises RuntimeError when the loop is closed."""
+        if self.loop.is_closed():
+            raise RuntimeError("the event loop is closed")
+        self._bag.append((queue, output))
+        if self not in self._full:
+            self._full.append(self)
+
+    def bring(self) -> None:
+        with suppress(RuntimeError):  # closed a moment ago: `put` will say so
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._bag:
+            queue, output = self._bag.popleft()
+            queue.put_nowait(output)
+
+
 class LocalBackend:
     """Backend (see base) over one Engine. Use `load`; `close` when done."""
 
@@ -48,6 +78,8 @@ class LocalBackend:
         self.max_waiting = max_waiting
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sinks: dict[str, OutputSink] = {}
+        self._post: _Post | None = None  # of the loop that asked last
+        self._full_posts: list[_Post] = []
         self._closed = False
         self._process = os.getpid()
         built: Future[Engine] = Future()
@@ -169,12 +201,11 @@ class LocalBackend:
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         """Outputs as they come; leaving the loop early aborts the request."""
         loop = asyncio.get_running_loop()
+        post = self._post
+        if post is None or post.loop is not loop:
+            post = self._post = _Post(loop, self._full_posts)
         outputs: asyncio.Queue[Output] = asyncio.Queue()
-
-        def sink(output: Output) -> None:
-            loop.call_soon_threadsafe(outputs.put_nowait, output)
-
-        self.submit(request, sink)
+        self.submit(request, partial(post.put, outputs))
         done = False
         try:
             while not done:
@@ -275,3 +306,5 @@ class LocalBackend:
             except Exception:  # its reader is gone (a closed event loop): nobody to compute for
                 self._sinks.pop(output.request_id, None)
                 self.engine.abort(output.request_id)
+        while self._full_posts:
+            self._full_posts.pop().bring()

@@ -285,7 +285,7 @@ class Engine:
         while turns:
             outputs += self._ask_constraints(turns)
             turns = [turn for turn in turns if turn.sequence.finish_reason is None]
-            choose(turns, result.logits)
+            choose(turns, result.logits, result.best)
             for turn in turns:
                 if turn.sequence.finish_reason is None:  # else its request failed a moment ago
                     outputs += self._append(turn)

@@ -99,10 +99,11 @@ class FusedDecoder:
         self.fused.set_cache(cache.keys, cache.values, cache.scales, num_blocks)
         return cache
 
-    def run(self, plan: list[Scheduled]) -> Tensor:
-        """Hidden states (T, D) float32 of a plan's tokens, one sequence after the other."""
+    def run(self, plan: list[Scheduled], scored: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Hidden states (T, D) float32 of a plan's tokens, one sequence after the other; of the rows `scored` the
+        logits (N, V) float32, which the next step overwrites, and the likeliest words."""
         token_ids = [token for work in plan for token in work.token_ids]
-        return self.fused.forward(token_ids, [(work.start, work.count, work.sequence.blocks) for work in plan])
+        return self.fused.step(token_ids, [(work.start, work.count, work.sequence.blocks) for work in plan], scored)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) float32."""

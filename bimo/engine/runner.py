@@ -44,6 +44,7 @@ class StepResult:
     sequences: those that reached their last token.
     drafts: for each of them the tokens that were computed beyond it.
     logits: (R, V) float32, 1 + len(drafts) rows a sequence, in order: after its last token, and after each draft.
+    best: the likeliest word of each row, where the step found it on its way.
     hidden: (R, D) the hidden states they come from.
     prompt_hidden: for sequences that asked for prompt_logprobs: (count, D), the computed chunk's hidden states.
     """
@@ -51,6 +52,7 @@ class StepResult:
     sequences: list[Sequence]
     drafts: list[tuple[int, ...]]
     logits: Tensor
+    best: list[int] | None
     hidden: Tensor
     prompt_hidden: dict[Sequence, Tensor]
 
@@ -77,33 +79,29 @@ class ModelRunner:
         """Compute a plan. `copies` are block copies owed to sequences forked since the last step."""
         self.cache.copy_blocks(copies)
         plan = sorted(plan, key=lambda work: work.count > 1)  # single tokens first; stable
-        hidden = self._hidden(plan)
         ends = list(accumulate(work.count for work in plan))
+        scored = [row for work, end in zip(plan, ends, strict=True) for row in range(end - work.num_scored, end)]
+        best = None
+        if isinstance(self.model, FusedDecoder):
+            hidden, logits, best = self.model.run(plan, scored)
+            scored_hidden = _rows_of(hidden, scored)
+        else:
+            hidden = self._hidden(plan)
+            scored_hidden, logits = self._scored(hidden, scored)
         prompt_hidden: dict[Sequence, Tensor] = {}
         for work, end in zip(plan, ends, strict=True):
-            rows = hidden[end - work.count : end]
             sequence = work.sequence
             if sequence.sampling.penalty_alpha:
+                rows = hidden[end - work.count : end]
                 sequence.hidden = rows if sequence.hidden is None else torch.cat((sequence.hidden, rows))
             if sequence.sampling.prompt_logprobs is not None and work.start < sequence.num_prompt:
-                prompt_hidden[sequence] = rows
-        scored = [row for work, end in zip(plan, ends, strict=True) for row in range(end - work.num_scored, end)]
-        count = len(scored)
-        width = padded_rows(count) if scored and isinstance(self.model, Decoder) else count
-        if scored and scored[-1] == count - 1 and width <= len(hidden):  # all of the first rows: the usual decode step
-            hidden = hidden[:width]
-        else:
-            scored += [0] * (width - count)
-            hidden = hidden[torch.tensor(scored, dtype=torch.long, device=hidden.device)]
-        logits = self.logits(hidden) if scored else hidden.new_zeros(0, 0)
+                prompt_hidden[sequence] = hidden[end - work.count : end]
         reached = [work for work in plan if work.num_scored]
         sequences, drafts = [work.sequence for work in reached], [work.drafts for work in reached]
-        return StepResult(sequences, drafts, logits[:count], hidden[:count], prompt_hidden)
+        return StepResult(sequences, drafts, logits, best, scored_hidden, prompt_hidden)
 
     def _hidden(self, plan: list[Scheduled]) -> Tensor:
         """The hidden states (T, D) of a plan's tokens, in its order; rows beyond them are padding."""
-        if isinstance(self.model, FusedDecoder):
-            return self.model.run(plan)
         token_ids = [token for work in plan for token in work.token_ids]
         positions = [place for work in plan for place in range(work.start, work.start + work.count)]
         padding = [0] * (padded_rows(len(token_ids)) - len(token_ids))
@@ -113,6 +111,17 @@ class ModelRunner:
             torch.tensor([positions + padding], device=device),
             StepAttention(self.cache, plan),
         )[0]
+
+    def _scored(self, hidden: Tensor, scored: list[int]) -> tuple[Tensor, Tensor]:
+        """The rows of `hidden` (T, D) that are asked for, and their logits."""
+        if not scored:
+            return hidden[:0], hidden.new_zeros(0, 0)
+        count = len(scored)
+        width = padded_rows(count)
+        rows = hidden[:width] if scored[-1] == count - 1 and width <= len(hidden) else None  # the usual decode step
+        if rows is None:
+            rows = _rows_of(hidden, scored + [0] * (width - count))
+        return rows[:count], self.logits(rows)[:count]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -128,3 +137,10 @@ class ModelRunner:
             weight = self.model.embed_tokens.weight[best].float()  # (N, 16, D)
             logits.scatter_(1, best, (weight @ hidden.float()[:, :, None])[:, :, 0])
         return logits
+
+
+def _rows_of(hidden: Tensor, rows: list[int]) -> Tensor:
+    """(T, D) -> (len(rows), D); a view where they are the first ones."""
+    if rows == list(range(len(rows))):
+        return hidden[: len(rows)]
+    return hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]

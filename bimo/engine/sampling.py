@@ -13,7 +13,15 @@ from torch import Tensor
 from bimo.engine.request import SamplingParams, TokenLogprob
 from bimo.engine.sequence import Sequence
 
-__all__ = ["choose_tokens", "depends_on_output", "distribution", "most_likely", "process_logits", "token_logprobs"]
+__all__ = [
+    "choose_tokens",
+    "depends_on_output",
+    "distribution",
+    "most_likely",
+    "needs_processing",
+    "process_logits",
+    "token_logprobs",
+]
 
 # (256, 8): what each byte of a constraint's mask adds to the scores of its eight tokens
 _BYTE_SCORES = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 0, -np.inf).astype(np.float32)
@@ -26,7 +34,7 @@ def process_logits(logits: Tensor, sequences: list[Sequence]) -> Tensor:
 
     Also applies to log-probabilities (beam search), as in transformers.
     """
-    touched = [i for i, s in enumerate(sequences) if _needs_processing(s)]
+    touched = [i for i, s in enumerate(sequences) if needs_processing(s)]
     if not touched:
         return logits
     # numpy copies in one thread: waking torch's for 200 kB costs more, and much more while others are busy
@@ -36,7 +44,8 @@ def process_logits(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     return logits
 
 
-def _needs_processing(sequence: Sequence) -> bool:
+def needs_processing(sequence: Sequence) -> bool:
+    """Whether the model's scores are changed before a token is chosen from them."""
     return bool(sequence.sampling.logit_bias) or depends_on_output(sequence)
 
 
@@ -48,7 +57,7 @@ def depends_on_output(sequence: Sequence) -> bool:
         or p.repetition_penalty != 1
         or p.presence_penalty
         or p.frequency_penalty
-        or sequence.num_output < p.min_tokens
+        or (sequence.num_output < p.min_tokens and (sequence.eos_token_ids or p.stop_token_ids))
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bimo.engine.request import TokenLogprob
 from bimo.engine.runner import StepResult
-from bimo.engine.sampling import choose_tokens, depends_on_output, process_logits, token_logprobs
+from bimo.engine.sampling import choose_tokens, depends_on_output, needs_processing, process_logits, token_logprobs
 from bimo.engine.sequence import Sequence
 
 __all__ = ["Turn", "choose", "turns_of"]
@@ -48,17 +48,22 @@ def turns_of(result: StepResult) -> list[Turn]:
     return [Turn(sequence, first_rows[sequence], drafts) for sequence, drafts in drafted if sequence.gang is None]
 
 
-def choose(turns: list[Turn], logits: Tensor) -> None:
+def choose(turns: list[Turn], logits: Tensor, best: list[int] | None = None) -> None:
     """Set each turn's `chosen`: the tokens of as many rows as can be processed now, up to the first that is not the
-    draft the next row stands on. logits: (R, V) of the whole step, not yet processed."""
+    draft the next row stands on. logits: (R, V) of the whole step, not yet processed; best: each row's likeliest word,
+    where it is known."""
     widths = [_width(turn) if turn.drafts else 1 for turn in turns]
     owners = [turn.sequence for turn, width in zip(turns, widths, strict=True) for _ in range(width)]
     if len(owners) < len(logits):
-        logits = logits[[turn.row + i for turn, width in zip(turns, widths, strict=True) for i in range(width)]]
+        rows = [turn.row + i for turn, width in zip(turns, widths, strict=True) for i in range(width)]
+        logits, best = logits[rows], [best[row] for row in rows] if best else None
     draws = None
     if len(owners) > len(turns):  # several rows of one sequence: not all will be used
         draws = [0.0 if owner.sampling.greedy else owner.draw() for owner in owners]
-    tokens = choose_tokens(process_logits(logits, owners), owners, draws)
+    if best and all(owner.sampling.greedy and not needs_processing(owner) for owner in owners):
+        tokens = best
+    else:
+        tokens = choose_tokens(process_logits(logits, owners), owners, draws)
     first = 0
     scored: list[tuple[Turn, int]] = []  # with rows whose log-probabilities are wanted
     for turn, width in zip(turns, widths, strict=True):

@@ -34,7 +34,7 @@ __all__ = [
     "store",
 ]
 
-INTERFACE = 2  # what bimo.engine.kernels asks for; raised with every change of what is taken or given
+INTERFACE = 3  # what bimo.engine.kernels asks for; raised with every change of what is taken or given
 HEAD_DIMS = frozenset({16, 32, 64, 80, 96, 128, 256})  # sizes that `decode_attention` was compiled for
 
 

@@ -193,26 +193,34 @@ class FusedModel:
 
         spans: (position of the first token, number of tokens, cache blocks) of each sequence.
         """
+        return self.step(token_ids, spans, [])[0]
+
+    def step(
+        self, token_ids: list[int], spans: list[tuple[int, int, list[int]]], scored: list[int]
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Hidden states as `forward` gives them; of the rows `scored` the logits (N, V) float32, in memory that the
+        next step uses again, and the likeliest words."""
         hidden = torch.empty(len(token_ids), self.hidden)
-        self._fused.forward(token_ids, spans, hidden.data_ptr())
-        return hidden
+        logits = self._rows_for(len(scored))
+        best = self._fused.forward(token_ids, spans, hidden.data_ptr(), scored, logits.data_ptr())
+        return hidden, logits, best
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) -> (N, V) float32, in memory that the next call uses again (up to 64 rows).
-
-        Fresh memory for 16 rows of 49,152 words is 800 pages to map and unmap: half a millisecond a step.
-        """
+        """(N, D) -> (N, V) float32."""
         assert hidden.dtype == torch.float32 and hidden.shape[1] == self.hidden
-        hidden = hidden.contiguous()
-        if len(hidden) > _KEPT_ROWS:
-            out = torch.empty(len(hidden), self.vocabulary)
-        else:
-            if len(hidden) > len(self._logits):
-                self._logits = torch.empty(len(hidden), self.vocabulary)
-            out = self._logits[: len(hidden)]
+        hidden, out = hidden.contiguous(), torch.empty(len(hidden), self.vocabulary)
         if len(hidden):
             self._fused.logits(hidden.data_ptr(), len(hidden), out.data_ptr())
         return out
+
+    def _rows_for(self, count: int) -> Tensor:
+        """Memory for a step's logits (count, V), kept up to 64 rows: fresh memory for 16 rows of 49,152 words is 800
+        pages to map and unmap, half a millisecond a step."""
+        if count > _KEPT_ROWS:
+            return torch.empty(count, self.vocabulary)
+        if count > len(self._logits):
+            self._logits = torch.empty(count, self.vocabulary)
+        return self._logits[:count]
 
     def _keep(self, matrix: PackedMatrix) -> None:
         self._kept.append(matrix)

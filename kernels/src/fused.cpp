@@ -122,8 +122,10 @@ class Fused {
         m_.key_scales = reinterpret_cast<float*>(key_scales), m_.value_scales = reinterpret_cast<float*>(value_scales);
     }
 
-    // spans: (start, count, [blocks]) of each sequence, in the order of their tokens; hidden: [T][D] floats.
-    void forward(const std::vector<int64_t>& token_ids, const nb::list& spans, uintptr_t hidden) {
+    // spans: (start, count, [blocks]) of each sequence, in the order of their tokens; hidden: [T][D] floats. scored: the
+    // rows whose logits are wanted, [scored][V] floats. Returns the likeliest word after each of them.
+    std::vector<int64_t> forward(const std::vector<int64_t>& token_ids, const nb::list& spans, uintptr_t hidden,
+                                 const std::vector<int64_t>& scored, uintptr_t logits) {
         require(m_.head.codes && m_.keys, "the model has no head or no cache yet");
         Step step;
         step.num_tokens = int64_t(token_ids.size());
@@ -153,8 +155,12 @@ class Fused {
         }
         require(row == step.num_tokens, "spans and tokens differ in number");
         for (size_t i = 0; i < begins.size(); i++) step.spans[i].blocks = blocks.data() + begins[i];
+        for (int64_t wanted : scored) require(wanted >= 0 && wanted < row, "a scored row outside the step");
+        std::vector<int64_t> best(scored.size());
+        step.scored = scored, step.logits = reinterpret_cast<float*>(logits), step.best = best.data();
         nb::gil_scoped_release others_may_run;
         kernels_->forward(m_, step);
+        return best;
     }
 
     void logits(uintptr_t hidden, int64_t rows, uintptr_t out) {

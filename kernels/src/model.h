@@ -74,7 +74,10 @@ struct Step {
     int64_t num_tokens = 0;
     const int64_t* token_ids = nullptr;
     std::vector<Span> spans;
-    float* hidden = nullptr;  // out: [T][D], after the final norm
+    float* hidden = nullptr;      // out: [T][D], after the final norm
+    std::vector<int64_t> scored;  // the rows whose logits are wanted
+    float* logits = nullptr;      // out: [scored][V]
+    int64_t* best = nullptr;      // out: [scored], the word of the highest logit, of equals the first
 };
 
 // What each instruction set provides.

@@ -76,13 +76,13 @@ INLINE f32x16 activate(Activation kind, f32x16 x) {
     return x * (z < 0.0f ? e : splat(1.0f)) / (1.0f + e);
 }
 
-// Norm (or none) and quantisation of rows, tile by tile.
+// Norm (or none) and quantisation of rows, tile by tile; `rows` names those of x, none: the first ones.
 INLINE void quantise_rows(const Model& m, const Norm* norm, const float* x, int64_t columns, Activations& to,
-                          int64_t first, int64_t end) {
+                          int64_t first, int64_t end, const int64_t* rows = nullptr) {
     float* normed = norm ? reinterpret_cast<float*>(scratch(0, columns * 4)) : nullptr;
     for (int64_t tile = first; tile < end; tile++) {
         for (int64_t row = tile * TILE; row < to.rows && row < (tile + 1) * TILE; row++) {
-            const float* from = x + row * columns;
+            const float* from = x + (rows ? rows[row] : row) * columns;
             if (norm) {
                 normalise(m, *norm, from, normed);
                 from = normed;
@@ -292,15 +292,53 @@ void list_tasks(const Model& m, const Step& step, int threads, Buffers& b) {
         });
 }
 
+// y [rows][w.rows] = W x, of the rows of x [..][w.columns] that `which` names (none: the first ones).
+INLINE void project(Worker& worker, const Matrix& w, const float* x, const int64_t* which, int64_t rows, char* memory,
+                    float* y) {
+    Activations quantised(memory, rows, w);
+    worker.run(quantised.tiles(), [&](int64_t first, int64_t end) {
+        quantise_rows(Model{}, nullptr, x, w.columns, quantised, first, end, which);
+    });
+    worker.run(w.panels, [&](int64_t first, int64_t end) {
+        alignas(64) float out[LANES * TILE * TILES];
+        for (int64_t panel = first; panel < end; panel++) {
+            const int64_t column = panel * LANES, left = std::min(LANES, w.rows - column);
+            for (int64_t row = 0; row < rows; row++) {
+                if (row % (TILES * TILE) == 0) multiply_panels(w, panel, 1, quantised, row / TILE, out);
+                std::memcpy(y + row * w.rows + column, out + place_of(row, 0, 1), left * sizeof(float));
+            }
+        }
+    });
+}
+
+// The place of the largest number, of equals the first.
+INLINE int64_t place_of_largest(const float* x, int64_t size) {
+    f32x16 most = splat(-INFINITY);
+    i32x16 where = {}, now = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES, now += int32_t(LANES)) {
+        const f32x16 v = load<f32x16>(x + i);
+        where = v > most ? now : where;
+        most = larger(v, most);
+    }
+    float peak = -INFINITY;
+    int64_t place = 0;
+    for (int64_t lane = 0; lane < LANES; lane++)
+        if (most[lane] > peak || (most[lane] == peak && where[lane] < place)) peak = most[lane], place = where[lane];
+    for (; i < size; i++)
+        if (x[i] > peak) peak = x[i], place = i;
+    return place;
+}
+
 void forward(const Model& m, const Step& step) {
-    const int64_t rows = step.num_tokens, width = m.heads * m.head_dim;
+    const int64_t rows = step.num_tokens, width = m.heads * m.head_dim, scored = int64_t(step.scored.size());
     Buffers b;
     b.x = reinterpret_cast<float*>(scratch(1, rows * m.hidden * 4));
     b.attended = reinterpret_cast<float*>(scratch(2, rows * width * 4));
     b.angles = reinterpret_cast<float*>(scratch(3, rows * (m.head_dim + m.heads) * 4));
     b.query_scales = b.angles + rows * m.head_dim;
     b.queries = scratch(4, rows * width * 2);
-    int64_t hidden_bytes = 0, heads_bytes = 0, inner_bytes = 0;
+    int64_t hidden_bytes = Activations::bytes(scored, m.head.padded), heads_bytes = 0, inner_bytes = 0;
     for (const Layer& layer : m.layers) {
         hidden_bytes = std::max(hidden_bytes, Activations::bytes(rows, std::max(layer.qkv.padded, layer.up.padded)));
         heads_bytes = std::max(heads_bytes, Activations::bytes(rows, layer.out.padded));
@@ -354,30 +392,23 @@ void forward(const Model& m, const Step& step) {
             for (int64_t row = first; row < end; row++)
                 normalise(m, m.final_norm, b.x + row * m.hidden, step.hidden + row * m.hidden);
         });
+        if (scored) {
+            project(worker, m.head, step.hidden, step.scored.data(), scored, b.normed, step.logits);
+            worker.run(scored, [&](int64_t first, int64_t end) {
+                for (int64_t i = first; i < end; i++)
+                    step.best[i] = place_of_largest(step.logits + i * m.vocabulary, m.vocabulary);
+            });
+        }
     }
 }
 
-// y [rows][w.rows] = W x [rows][w.columns].
 void product(const Matrix& w, const float* x, int64_t rows, float* y) {
     char* memory = scratch(5, Activations::bytes(rows, w.padded));
     Team team(omp_get_max_threads());
 #pragma omp parallel
     {
         Worker worker(team, omp_get_thread_num());
-        Activations quantised(memory, rows, w);
-        worker.run(quantised.tiles(), [&](int64_t first, int64_t end) {
-            quantise_rows(Model{}, nullptr, x, w.columns, quantised, first, end);
-        });
-        worker.run(w.panels, [&](int64_t first, int64_t end) {
-            alignas(64) float out[LANES * TILE * TILES];
-            for (int64_t panel = first; panel < end; panel++) {
-                const int64_t column = panel * LANES, left = std::min(LANES, w.rows - column);
-                for (int64_t row = 0; row < rows; row++) {
-                    if (row % (TILES * TILE) == 0) multiply_panels(w, panel, 1, quantised, row / TILE, out);
-                    std::memcpy(y + row * w.rows + column, out + place_of(row, 0, 1), left * sizeof(float));
-                }
-            }
-        });
+        project(worker, w, x, nullptr, rows, memory, y);
     }
 }
 

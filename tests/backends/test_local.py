@@ -45,6 +45,24 @@ async def test_many_coroutines_share_batches(backend) -> None:
     assert backend.stats().steps - steps < 12 * 10 / 3, "they were computed one after the other"
 
 
+async def test_a_loop_is_woken_once_a_step_however_many_wait(backend) -> None:
+    loop = asyncio.get_running_loop()
+    calls = 0
+    wake = loop.call_soon_threadsafe
+
+    def counting(*args, **named):
+        nonlocal calls
+        calls += 1
+        return wake(*args, **named)
+
+    loop.call_soon_threadsafe = counting
+    steps = backend.stats().steps
+
+    found = await asyncio.gather(*(collect(backend, make_request(i, max_tokens=20)) for i in range(8)))
+    assert [len(tokens_of(outputs)) for outputs in found] == [20] * 8
+    assert 0 < calls <= backend.stats().steps - steps
+
+
 def test_threads_get_their_own_answers(backend) -> None:
     expected = [tokens_of(backend.iterate(make_request(i))) for i in range(8)]
     found: dict[int, list[int]] = {}

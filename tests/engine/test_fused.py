@@ -204,6 +204,9 @@ def test_what_would_read_outside_is_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=words):
             step(ids, spans)
+    for row in (-1, 1):
+        with pytest.raises(ValueError, match="a scored row outside"):
+            fused.fused.step([1], [(0, 1, [0])], [row])
     with pytest.raises(ValueError, match="no instructions"):
         kernels.product(kernels.pack("block8", torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1).half(), None),
                         torch.ones(1, 1), "avx1024")  # fmt: skip
@@ -249,5 +252,22 @@ def test_a_plan_of_the_scheduler() -> None:
     sequence = Sequence(
         request=Request(prompt_token_ids=ids), index=0, arrival=0, token_ids=ids, num_prompt=9, max_tokens=1, blocks=[7]
     )
-    hidden = fused.run([Scheduled(sequence, 0, 9)])
+    hidden, logits, best = fused.run([Scheduled(sequence, 0, 9)], [2, 8])
     assert torch.equal(hidden, fused.fused.forward(ids, [(0, 9, [7])]))
+    assert logits.shape == (2, fused.config.vocab_size) and len(best) == 2
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_a_step_gives_the_logits_of_the_rows_asked_for_and_the_first_of_the_likeliest_words(instruction_set) -> None:
+    fused, _ = make(MODELS["llama"], instruction_set=instruction_set)
+    ids = ids_of(8, 40)
+    for scored in ([39], [0, 5, 39], [39, 3], list(range(40)), []):
+        hidden, logits, best = fused.fused.step(ids, [(0, 40, [1, 2, 3])], scored)
+        assert torch.equal(logits, fused.logits(hidden[scored]))
+        assert best == logits.argmax(-1).tolist()
+    # every word the same: the first is taken
+    for matrix in fused.fused._kept:
+        if getattr(matrix, "rows", 0) == fused.config.vocab_size:
+            matrix.scales.zero_()
+    hidden, logits, best = fused.fused.step(ids, [(0, 40, [1, 2, 3])], [0, 39])
+    assert not logits.any() and best == [0, 0]
