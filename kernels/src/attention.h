@@ -14,6 +14,7 @@ namespace bimo {
 namespace BIMO_ISA {
 
 constexpr int64_t STRETCH = 256;  // keys at a time
+constexpr float UNSEEN = -1e30f;  // score of a key that a query must not see: its weight is 0 exactly
 constexpr int64_t QUERY_ROWS = 24;  // query rows (tokens times heads of a group) at a time
 
 // scores[r][16] of R queries with one block of keys. KV: uint16_t (bfloat16) with queries of the same, or int8_t with
@@ -84,7 +85,8 @@ struct HeadCache {
     const float *key_scales, *value_scales;
 };
 
-// queries [rows][E] already scaled (bfloat16; or int16 with query_scales) -> out[row] pointers, E floats each.
+// queries [rows][E] already scaled, by log2 e too (bfloat16; or int16 with query_scales) -> out[row] pointers, E floats
+// each.
 template <typename KV, typename Q>
 void attend(const QueryBlock& work, const HeadCache<KV>& cache, const Q* queries, const float* query_scales,
             int64_t dim, float* const* out) {
@@ -131,20 +133,20 @@ void attend(const QueryBlock& work, const HeadCache<KV>& cache, const Q* queries
             const int64_t low = seen_from > from ? seen_from - from : 0;
             const int64_t high = position + 1 - from;  // may be beyond the stretch, or before it
             float* s = scores[r];
-            for (int64_t i = 0; i < low && i < num_blocks * LANES; i++) s[i] = -INFINITY;
-            for (int64_t i = high < 0 ? 0 : high; i < num_blocks * LANES; i++) s[i] = -INFINITY;
+            for (int64_t i = 0; i < low && i < num_blocks * LANES; i++) s[i] = UNSEEN;
+            for (int64_t i = high < 0 ? 0 : high; i < num_blocks * LANES; i++) s[i] = UNSEEN;
             f32x16 peak = splat(most[r]);
             for (int64_t b = 0; b < num_blocks; b++) peak = larger(peak, load<f32x16>(s + b * LANES));
             const float now = largest(peak);
-            if (now == -INFINITY) {  // nothing of this stretch is seen
+            if (now <= UNSEEN) {  // nothing of this stretch is seen
                 std::memset(weights[r], 0, sizeof weights[r]);
                 factors[r] = 0;
                 continue;
             }
-            const float fade = std::exp(most[r] - now);
+            const float fade = now == most[r] ? 1.0f : std::exp2(most[r] - now);
             f32x16 added = {}, heaviest = {};
             for (int64_t b = 0; b < num_blocks; b++) {
-                f32x16 p = exp_negative(load<f32x16>(s + b * LANES) - now);
+                f32x16 p = exp2_negative(load<f32x16>(s + b * LANES) - now);
                 added += p;
                 if constexpr (INT8) {
                     p *= load<f32x16>(cache.value_scales + blocks[b] * LANES);

@@ -75,7 +75,7 @@ class Fused {
         m_.head_dim = whole("head_dim"), m_.inner = whole("inner"), m_.vocabulary = whole("vocabulary");
         m_.layer_norm = whole("layer_norm"), m_.gated = whole("gated");
         m_.activation = static_cast<Activation>(whole("activation"));
-        m_.norm_eps = real("norm_eps"), m_.attention_scale = real("attention_scale");
+        m_.norm_eps = real("norm_eps"), m_.attention_scale = real("attention_scale") * 1.44269504f;
         m_.rope_factor = real("rope_factor");
         require(m_.hidden > 0 && m_.hidden % LANES == 0, "hidden_size must be a multiple of 16");
         require(m_.head_dim > 0 && m_.head_dim % LANES == 0 && m_.head_dim <= 256, "head_dim must be 16, 32, ... 256");

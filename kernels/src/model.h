@@ -49,7 +49,8 @@ enum class Activation : int { SILU, GELU, GELU_TANH, RELU };
 struct Model {
     int64_t hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, inner = 0, vocabulary = 0;
     bool layer_norm = false, gated = true, kv_int8 = false;
-    float norm_eps = 1e-5f, attention_scale = 1.0f, rope_factor = 1.0f;
+    float norm_eps = 1e-5f, rope_factor = 1.0f;
+    float attention_scale = 1.0f;  // of a score, times log2 e: weights are powers of two
     Activation activation = Activation::SILU;
     std::vector<Layer> layers;
     Norm final_norm;

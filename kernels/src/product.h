@@ -40,27 +40,20 @@ struct Activations {
     int64_t padded_rows() const { return (tiles() - 1) * TILE + width(tiles() - 1); }
 };
 
-// Quantise `count` floats (the rest of the group counts as zero) into group `g` of a row.
-INLINE void quantise_group(Activations& to, int64_t row, int64_t g, const float* x, int64_t count) {
-    alignas(64) float values[GROUP] = {};
-    std::memcpy(values, x, count * sizeof(float));
-    const int64_t tile = row / TILE, width = to.width(tile), place = row % TILE, vectors = GROUP / LANES;
-    f32x16 most = {};
-    for (int64_t i = 0; i < vectors; i++) {
-        const f32x16 v = load<f32x16>(values + LANES * i);
-        most = larger(most, v < 0.0f ? -v : v);
-    }
-    const float peak = largest(most), scale = peak / 127.0f, inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
+// Quantise 32 floats into group `g` of a row.
+INLINE void quantise_group(Activations& to, int64_t row, int64_t g, const f32x16 (&values)[GROUP / LANES]) {
+    const int64_t tile = row / TILE, width = to.width(tile), place = row % TILE;
+    const float peak = largest(larger(size_of(values[0]), size_of(values[1])));
+    const float scale = peak * (1.0f / 127.0f), inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
     int8_t* codes = to.codes + tile * TILE * to.padded + g * GROUP * width + 4 * place;
     i32x16 total = {};
-    for (int64_t i = 0; i < vectors; i++) {
+    for (const f32x16& part : values) {
         // 1.5 * 2^23 leaves the nearest whole number in the lowest bits
-        const f32x16 shifted = load<f32x16>(values + LANES * i) * inverse + 12582912.0f;
-        const i32x16 whole = (i32x16)shifted - 0x4b400000;
+        const i32x16 whole = (i32x16)(part * inverse + 12582912.0f) - 0x4b400000;
         total += whole;
         int8_t bytes[16];
         store(bytes, __builtin_convertvector(whole, i8x16));
-        for (int64_t j = 0; j < 4; j++) std::memcpy(codes + (4 * i + j) * 4 * width, bytes + 4 * j, 4);
+        for (int64_t j = 0; j < 4; j++, codes += 4 * width) std::memcpy(codes, bytes + 4 * j, 4);
     }
     const int32_t sum_codes = sum(total);
     const int64_t at = tile * TILE * to.groups + g * width + place;
@@ -71,17 +64,21 @@ INLINE void quantise_group(Activations& to, int64_t row, int64_t g, const float*
 
 INLINE void quantise_row(Activations& to, int64_t row, const float* x, int64_t columns) {
     for (int64_t g = 0; g < to.groups; g++) {
-        const int64_t left = columns - g * GROUP;
-        quantise_group(to, row, g, x + g * GROUP, left < GROUP ? left : GROUP);
+        const float* from = x + g * GROUP;
+        alignas(64) float padded[GROUP] = {};  // the rest of the last group counts as zero
+        if (columns < (g + 1) * GROUP) {
+            std::memcpy(padded, from, (columns - g * GROUP) * sizeof(float));
+            from = padded;
+        }
+        quantise_group(to, row, g, {load<f32x16>(from), load<f32x16>(from + LANES)});
     }
 }
 
 // The rows of the last tile that exist only to make its width 2, 4 or 8.
 INLINE void clear_padding_rows(Activations& to, int64_t tile) {
-    alignas(64) static const float zeros[GROUP] = {};
     const int64_t first = tile * TILE;
     for (int64_t row = to.rows; row < first + to.width(tile); row++)
-        for (int64_t g = 0; g < to.groups; g++) quantise_group(to, row, g, zeros, GROUP);
+        for (int64_t g = 0; g < to.groups; g++) quantise_group(to, row, g, {});
 }
 
 // One panel by one tile of MB rows -> out [MB][16].

@@ -33,6 +33,7 @@ INLINE void store(T* to, V value) {
 INLINE f32x16 splat(float x) { return x - f32x16{}; }
 INLINE f32x16 to_float(i32x16 x) { return __builtin_convertvector(x, f32x16); }
 INLINE f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
+INLINE f32x16 size_of(f32x16 x) { return (f32x16)((u32x16)x & 0x7fffffff); }
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
@@ -77,9 +78,13 @@ INLINE uint16_t to_bf16(float x) {  // round to nearest, ties to even; NaN stays
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 INLINE u16x16 to_bf16(f32x16 x) {
+#if defined(__AVX512BF16__)
+    return (u16x16)_mm512_cvtneps_pbh((__m512)x);
+#else
     u32x16 bits = (u32x16)x;
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return __builtin_convertvector(bits, u16x16);
+#endif
 }
 INLINE f32x16 half_to_float(const uint16_t* from) {  // 16 IEEE halves
 #if defined(__AVX512F__)
@@ -99,17 +104,27 @@ INLINE f32x16 half_to_float(const uint16_t* from) {  // 16 IEEE halves
 #endif
 }
 
-// e^x for x <= 0, relative error below 2e-7 down to e^-87, 0 below: 2^n times a polynomial.
-INLINE f32x16 exp_negative(f32x16 x) {
-    f32x16 scaled = x * 1.44269504f;
-    scaled = scaled < -126.0f ? splat(-126.0f) : scaled;
-    i32x16 n = __builtin_convertvector(scaled - 0.5f, i32x16);  // towards zero: the nearest, as scaled <= 0
-    f32x16 r = (scaled - to_float(n)) * 0.69314718f;
-    f32x16 power =
-        1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (0.041666668f + r * (0.008333334f + r * 0.0013888889f)))));
-    f32x16 result = power * (f32x16)((n + 127) << 23);
-    return x < -87.0f ? splat(0.0f) : result;
+// 2^x for x <= 0, relative error below 2e-7, 0 below 2^-126: 2^n for the nearest whole n times a polynomial, fitted to
+// the least relative error on [-1/2, 1/2].
+INLINE f32x16 exp2_negative(f32x16 x) {
+#if defined(__AVX512F__)
+    const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - n;
+#else
+    const f32x16 kept = x < -126.0f ? splat(-126.0f) : x;
+    const i32x16 whole = __builtin_convertvector(kept - 0.5f, i32x16);  // towards zero: the nearest, as x <= 0
+    const f32x16 r = kept - to_float(whole);
+#endif
+    const f32x16 power =
+        1.0f +
+        r * (0.693147004f + r * (0.240222424f + r * (0.0555073359f + r * (0.00967151299f + r * 0.00132647273f))));
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_scalef_ps((__m512)power, (__m512)n);
+#else
+    const f32x16 result = power * (f32x16)((whole + 127) << 23);
+    return x < -126.0f ? splat(0.0f) : result;
+#endif
 }
+INLINE f32x16 exp_negative(f32x16 x) { return exp2_negative(x * 1.44269504f); }
 
 // --- 4 unsigned by 4 signed bytes in each of 16 lanes, added to 32-bit sums -------------------------------------------
 

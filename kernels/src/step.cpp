@@ -110,10 +110,7 @@ INLINE void turn(const Model& m, const float* norm, const float* angles, float* 
 
 INLINE float peak_of(const float* x, int64_t size) {
     f32x16 most = {};
-    for (int64_t i = 0; i < size; i += LANES) {
-        const f32x16 v = load<f32x16>(x + i);
-        most = larger(most, v < 0.0f ? -v : v);
-    }
+    for (int64_t i = 0; i < size; i += LANES) most = larger(most, size_of(load<f32x16>(x + i)));
     return largest(most);
 }
 
@@ -242,17 +239,17 @@ INLINE void make_inner(const Model& m, const Layer& layer, const Activations& no
                        int64_t first, int64_t end) {
     constexpr int64_t per_group = GROUP / LANES;
     const int64_t panels = m.gated ? 2 * per_group : per_group;
-    alignas(64) float out[LANES * TILE * TILES * 2 * per_group], values[GROUP];
+    alignas(64) float out[LANES * TILE * TILES * 2 * per_group];
     for (int64_t g = first; g < end; g++) {
         for (int64_t row = 0; row < inner.padded_rows(); row++) {
             if (row % (TILES * TILE) == 0) multiply_panels(layer.up, g * panels, panels, normed, row / TILE, out);
+            f32x16 values[per_group];
             for (int64_t p = 0; p < per_group; p++) {
                 const float* at = out + place_of(row, m.gated ? 2 * p : p, panels);
-                f32x16 v = activate(m.activation, load<f32x16>(at));
-                if (m.gated) v *= load<f32x16>(at + TILE * LANES);
-                store(values + p * LANES, v);
+                values[p] = activate(m.activation, load<f32x16>(at));
+                if (m.gated) values[p] *= load<f32x16>(at + TILE * LANES);
             }
-            quantise_group(inner, row, g, values, GROUP);
+            quantise_group(inner, row, g, values);
         }
     }
 }
