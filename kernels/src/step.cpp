@@ -30,7 +30,10 @@ struct Buffers {
 
 // Memory that is asked for once and grows: a step allocates nothing.
 char* scratch(int which, int64_t bytes) {
-    static thread_local std::vector<char> memory[8];
+    struct Byte {  // a type of this instruction set: so are the vector's own functions then
+        char value;
+    };
+    static thread_local std::vector<Byte> memory[8];
     if (int64_t(memory[which].size()) < bytes + 64) memory[which].resize(bytes + 64);
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory[which].data()) + 63) & ~uintptr_t(63));
 }
@@ -345,10 +348,7 @@ void forward(const Model& m, const Step& step) {
     b.heads = scratch(6, heads_bytes);
     b.inner = scratch(7, inner_bytes);
     list_tasks(m, step, omp_get_max_threads(), b);
-    Team team(omp_get_max_threads());
-#pragma omp parallel
-    {
-        Worker worker(team, omp_get_thread_num());
+    as_a_team([&](Worker& worker) {
         const int64_t tiles = (rows + TILE - 1) / TILE;
         worker.run(rows, [&](int64_t first, int64_t end) { look_up(m, step, b, first, end); });
         for (int64_t l = 0; l < int64_t(m.layers.size()); l++) {
@@ -396,17 +396,12 @@ void forward(const Model& m, const Step& step) {
                     step.best[i] = place_of_largest(step.logits + i * m.vocabulary, m.vocabulary);
             });
         }
-    }
+    });
 }
 
 void product(const Matrix& w, const float* x, int64_t rows, float* y) {
     char* memory = scratch(5, Activations::bytes(rows, w.padded));
-    Team team(omp_get_max_threads());
-#pragma omp parallel
-    {
-        Worker worker(team, omp_get_thread_num());
-        project(worker, w, x, nullptr, rows, memory, y);
-    }
+    as_a_team([&](Worker& worker) { project(worker, w, x, nullptr, rows, memory, y); });
 }
 
 void logits(const Model& m, const float* hidden, int64_t rows, float* out) { product(m.head, hidden, rows, out); }
@@ -414,16 +409,16 @@ void logits(const Model& m, const float* hidden, int64_t rows, float* out) { pro
 // Read codes as the plainest int8 product of a matrix and one vector does; returns a number that depends on all.
 double read_codes(const uint8_t* codes, int64_t bytes) {
     static const int8_t ones[4] = {1, 1, 1, 1};
-    double total = 0;
-#pragma omp parallel reduction(+ : total)
-    {
-        i32x16 sums[4] = {};
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < bytes / 256; i++)
-            for (int j = 0; j < 4; j++) sums[j] = dot4(sums[j], load_codes(codes + 256 * i + 64 * j), ones);
-        total += double(sum(to_float(sums[0] + sums[1] + sums[2] + sums[3])));
-    }
-    return total;
+    std::atomic<int64_t> total{0};
+    as_a_team([&](Worker& worker) {
+        worker.run(bytes / 256, [&](int64_t first, int64_t end) {
+            i32x16 sums[4] = {};
+            for (int64_t i = first; i < end; i++)
+                for (int j = 0; j < 4; j++) sums[j] = dot4(sums[j], load_codes(codes + 256 * i + 64 * j), ones);
+            total += sum(sums[0] + sums[1] + sums[2] + sums[3]);
+        });
+    });
+    return double(total);
 }
 
 }  // namespace

@@ -13,7 +13,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "pool.h"
+
 namespace bimo {
+namespace BIMO_ISA {
 
 struct Team {
     struct alignas(64) Share {  // pieces that are one thread's own until another has none left
@@ -73,4 +76,22 @@ class Worker {
     uint64_t phase_ = 0;
 };
 
+// Call work(worker) in every thread.
+template <typename Work>
+void as_a_team(Work&& work) {
+    struct Job {
+        Team team;
+        Work& work;
+    } job{Team(omp_get_max_threads()), work};
+    in_parallel(
+        int(job.team.shares.size()),
+        [](void* data, int number) {
+            Job& job = *static_cast<Job*>(data);
+            Worker worker(job.team, number);
+            job.work(worker);
+        },
+        &job);
+}
+
+}  // namespace BIMO_ISA
 }  // namespace bimo

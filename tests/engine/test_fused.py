@@ -7,6 +7,9 @@ bias, a wrong rotation or a window off by one costs a multiple of that.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from typing import Any
 
 import pytest
@@ -185,6 +188,25 @@ def test_numbers_at_the_edge() -> None:
                 assert torch.allclose(found.double(), expected.clamp(-3.4e38, 3.4e38), rtol=1e-2, atol=1e-30) or (
                     expected.abs().max() > 3e38
                 )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_and_another_thread_compute_the_same() -> None:
+    fused, _ = make(MODELS["llama"])
+    ids = ids_of(9, 40)
+    expected = fused.fused.forward(ids, [(0, 40, [1, 2, 3])]).clone()
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(fused.fused.forward(ids, [(0, 40, [4, 5, 6])])))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], expected)
+    child = os.fork()
+    if child == 0:  # the parent's threads are not here
+        same = False
+        with contextlib.suppress(BaseException):
+            same = torch.equal(fused.fused.forward(ids, [(0, 40, [7, 8, 9])]), expected)
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_what_would_read_outside_is_refused() -> None:
