@@ -124,7 +124,7 @@ class LocalBackend:
             reference: a path, a catalog name, `hf:`, `modelscope:` or `pypi:` (see formats.hub).
             dtype: "float32", "bfloat16", "float16" or None for what the processor does fast.
             quant: "int8", "int4", "file" (as the GGUF file has them), "none"; None: int8 where that is the fastest.
-            kv_cache_dtype: "int8" for a cache of half the size; None: as wide as the activations.
+            kv_cache_dtype: "int8" or "bfloat16" beside quantised weights, where None is int8; else None only.
             kv_cache_tokens: size of the KV cache; None: 192 MB worth, less when memory is short.
             max_batch: sequences computed together.
             max_step_tokens: tokens computed in one step (twice as many while nobody is streaming).

@@ -42,8 +42,9 @@ class PagedCache:
 
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
-        """Memory of one token's keys and values over all layers."""
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+        """Memory of one token's keys and values over all layers; in int8 with a float32 scale a head."""
+        of_a_head = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+        return 2 * config.num_layers * config.num_kv_heads * of_a_head
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination) each; for forked sequences."""

@@ -104,7 +104,14 @@ INLINE void turn(const Model& m, const float* norm, const float* angles, float* 
         for (int64_t i = 0; i < dim; i += LANES) store(head + i, load<f32x16>(head + i) * scale * load<f32x16>(norm + i));
     }
     if (!m.frequencies) return;
-    for (int64_t i = 0; i < half; i++) {
+    int64_t i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        const f32x16 a = load<f32x16>(head + i), b = load<f32x16>(head + i + half);
+        const f32x16 cosine = load<f32x16>(angles + i), sine = load<f32x16>(angles + half + i);
+        store(head + i, a * cosine - b * sine);
+        store(head + i + half, b * cosine + a * sine);
+    }
+    for (; i < half; i++) {
         const float a = head[i], b = head[i + half], cosine = angles[i], sine = angles[half + i];
         head[i] = a * cosine - b * sine;
         head[i + half] = b * cosine + a * sine;
@@ -175,8 +182,7 @@ INLINE void make_heads(const Model& m, int64_t number_of_layer, const Step& step
         const float* norm = is_query ? layer.q_norm : is_key ? layer.k_norm : nullptr;
         const Span* span = step.spans.data();
         for (int64_t row = 0; row < step.num_tokens; row++) {
-            const int64_t tile = row / TILE;
-            if (row % (TILES * TILE) == 0) multiply_panels(layer.qkv, h * panels, panels, normed, tile, out);
+            if (row % (TILES * TILE) == 0) multiply_panels(layer.qkv, h * panels, panels, normed, row / TILE, out);
             for (int64_t p = 0; p < panels; p++)
                 store(head + p * LANES, load<f32x16>(out + place_of(row, p, panels)));
             if (is_query || is_key) turn(m, norm, b.angles + row * dim, head);

@@ -41,7 +41,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @needs_kernels
 def test_the_default_is_int8_where_the_kernels_run() -> None:
     found = choose_precision(CONFIG)
-    assert (found.quant, found.fused, found.cache_dtype) == ("int8", True, torch.bfloat16)
+    assert (found.quant, found.fused, found.cache_dtype) == ("int8", True, torch.int8)
     assert "fastest" in found.why
 
 
@@ -74,7 +74,7 @@ def test_without_the_kernels_plain_torch_serves() -> None:
     [
         ({"quant": "int5"}, "quant must be one of int8, int4, file, none"),
         ({"quant": "int8", "dtype": "float32"}, 'give quant="none" or leave'),
-        ({"cache_dtype": "int3"}, "kv_cache_dtype must be one of auto, int8"),
+        ({"cache_dtype": "int3"}, "kv_cache_dtype must be one of auto, int8, bfloat16"),
         ({"quant": "none", "cache_dtype": "int8"}, "leave kv_cache_dtype out"),
         ({"dtype": "float8"}, "dtype must be one of"),
     ],
@@ -139,7 +139,7 @@ def test_the_file_s_own_weights(tiny_model_dir: Path, tmp_path: Path, monkeypatc
 @needs_kernels
 def test_int8_keys_and_values(tiny_model_dir: Path) -> None:
     """Half the memory; on a random model the first token of an answer is not changed by it."""
-    with bimo.load(str(tiny_model_dir)) as wide, bimo.load(str(tiny_model_dir), kv_cache_dtype="int8") as narrow:
+    with bimo.load(str(tiny_model_dir), kv_cache_dtype="bfloat16") as wide, bimo.load(str(tiny_model_dir)) as narrow:
         assert (wide.backend.info().cache_dtype, narrow.backend.info().cache_dtype) == ("bfloat16", "int8")
         prompt = "The quick brown fox 敏捷的棕色狐狸"
         one, other = (m.generate(prompt, max_tokens=1, temperature=0.0, logprobs=5) for m in (wide, narrow))
