@@ -36,6 +36,12 @@ TEMPLATE = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
+@pytest.fixture(scope="session", params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the engine's tests compute: everywhere this machine can."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """Directory of the default model, from the cache, fetched on first use."""

@@ -58,7 +58,9 @@ Speculation = Annotated[
 DraftModel = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A smaller model of the same vocabulary that guesses instead.")
 ]
-KvCacheDtype = Annotated[str | None, typer.Option(help="Keys and values: int8 (default beside quantised weights) or bfloat16.")]
+KvCacheDtype = Annotated[
+    str | None, typer.Option(help="Keys and values: int8 (default beside quantised weights) or bfloat16.")
+]
 MinTokens = Annotated[int | None, typer.Option(help="No end before this many new tokens.")]
 MaxTokens = Annotated[int | None, typer.Option(help="At most this many new tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0: always the most likely token; higher: more varied.")]

@@ -26,8 +26,8 @@ def tiny_tokenizer(tiny_model_dir: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def tiny_decoder(tiny_model_dir: Path) -> Decoder:
-    return load_decoder(tiny_model_dir, read_config(tiny_model_dir), torch.float32)
+def tiny_decoder(tiny_model_dir: Path, device: str) -> Decoder:
+    return load_decoder(tiny_model_dir, read_config(tiny_model_dir), torch.float32, device)
 
 
 @pytest.fixture(scope="session")

@@ -79,10 +79,10 @@ class Oracle:
 
 
 @pytest.fixture(scope="module")
-def other_decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+def other_decoder(tmp_path_factory: pytest.TempPathFactory, device: str) -> Decoder:
     """The tiny model with other weights: a draft model that is nearly always wrong."""
     directory = make_tiny_model(tmp_path_factory.mktemp("other") / "tiny-other", seed=7)
-    return load_decoder(directory, read_config(directory), torch.float32)
+    return load_decoder(directory, read_config(directory), torch.float32, device)
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +439,7 @@ def test_accepted_and_refused_drafts_follow_the_target_distribution(sampling, ra
 
 
 @pytest.mark.parametrize("kind", ["draft", "bad draft"])
-def test_whole_engine_samples_the_models_own_distribution(with_proposer, tiny_decoder, kind) -> None:
+def test_whole_engine_samples_the_models_own_distribution(with_proposer, tiny_decoder, device, kind) -> None:
     """2,048 answers of three tokens from the four likeliest each: 64 outcomes against their exact probabilities."""
     engine = with_proposer(kind, num_blocks=1000, max_batch=64, max_draft_rows=512)
     prompt = engine.tokenizer.encode("从前有")
@@ -453,7 +453,8 @@ def test_whole_engine_samples_the_models_own_distribution(with_proposer, tiny_de
     for _ in range(3):
         grown = {}
         for tokens, p in expected.items():
-            logits = tiny_decoder.logits(tiny_decoder(torch.tensor([[*prompt, *tokens]]))[:, -1:])[0, 0]
+            ids = torch.tensor([[*prompt, *tokens]], device=device)
+            logits = tiny_decoder.logits(tiny_decoder(ids)[:, -1:])[0, 0]
             values, ids = (logits / 0.8).topk(4)
             for token, q in zip(ids.tolist(), values.softmax(-1).tolist(), strict=True):
                 grown[*tokens, token] = p * q

@@ -102,17 +102,17 @@ def test_best_of_returns_the_likeliest(make_engine) -> None:
     assert best.usage.completion_tokens == 48
 
 
-def test_logprobs_of_answer_and_prompt_agree_with_the_model(make_engine, tiny_decoder) -> None:
+def test_logprobs_of_answer_and_prompt_agree_with_the_model(make_engine, tiny_decoder, device) -> None:
     for step in (512, 64):  # whole prompt, and in chunks
         engine = make_engine(max_step_tokens=step, max_batch=8)
         answer = ask(engine, text=TEXT * 8, temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=1)
         prompt = engine.tokenizer.encode(TEXT * 8)
-        ids = torch.tensor([prompt + answer.tokens[0]])
+        ids = torch.tensor([prompt + answer.tokens[0]], device=device)
         log_probs = tiny_decoder.logits(tiny_decoder(ids)).log_softmax(-1)[0]
         expected = log_probs[:-1].gather(1, ids[0, 1:, None]).flatten()
         assert answer.prompt_logprobs[0] is None and len(answer.prompt_logprobs) == len(prompt)
         found = [p.logprob for p in answer.prompt_logprobs[1:] + answer.logprobs[0]]
-        torch.testing.assert_close(torch.tensor(found), expected, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(torch.tensor(found), expected.cpu(), atol=2e-4, rtol=1e-3)
         assert all(len(p.top) == 2 and p.top[0][0] == p.token_id for p in answer.logprobs[0])
         assert all(len(p.top) == 1 for p in answer.prompt_logprobs[1:])
 

@@ -138,7 +138,8 @@ def test_logits_equal_transformers_in_and_out(name: str, tmp_path: Path) -> None
 def cached_logits(decoder: Decoder, rows: torch.Tensor, chunks: tuple[tuple[int, ...], ...]) -> torch.Tensor:
     """Logits of two sequences that share the steps of one paged cache, each fed by its own chunk sizes."""
     num_blocks, block_size = 26, 4
-    cache = PagedCache(decoder.config, num_blocks, block_size, torch.float32, torch.device("cpu"))
+    device = decoder.embed_tokens.weight.device
+    cache = PagedCache(decoder.config, num_blocks, block_size, torch.float32, device)
     sequences = [
         Sequence(
             request=Request(prompt_token_ids=row.tolist()),
@@ -159,7 +160,8 @@ def cached_logits(decoder: Decoder, rows: torch.Tensor, chunks: tuple[tuple[int,
             plan = sorted(work, key=lambda item: item.count > 1)
             ids = [token for item in plan for token in item.sequence.token_ids[item.start :][: item.count]]
             positions = [place for item in plan for place in range(item.start, item.start + item.count)]
-            hidden = decoder(torch.tensor([ids]), torch.tensor([positions]), StepAttention(cache, plan))[0]
+            row, places = torch.tensor([ids], device=device), torch.tensor([positions], device=device)
+            hidden = decoder(row, places, StepAttention(cache, plan))[0]
             for item, part in zip(plan, decoder.logits(hidden).split([item.count for item in plan]), strict=True):
                 logits[item.sequence.arrival].append(part)
             starts = [start + count for start, count in zip(starts, step, strict=True)]
@@ -167,14 +169,14 @@ def cached_logits(decoder: Decoder, rows: torch.Tensor, chunks: tuple[tuple[int,
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_transformers_through_the_paged_cache(name: str, tmp_path: Path) -> None:
+def test_logits_equal_transformers_through_the_paged_cache(name: str, tmp_path: Path, device: str) -> None:
     """Left context in several chunks and single tokens, beside another sequence, with windows crossing the chunks."""
     family, settings = MODELS[name]
     reference = make_reference(tmp_path, family, settings)
     ids = random_ids()
     chunks = ((13, 1, 20, 1, 1, 12), (1, 30, 1, 1, 14, 1))
     assert [sum(sizes) for sizes in chunks] == [NUM_TOKENS] * 2
-    logits = cached_logits(load_decoder(tmp_path), ids, chunks)
+    logits = cached_logits(load_decoder(tmp_path).to(device), ids, chunks).cpu()
     assert (logits - reference_logits(reference, ids)).abs().max() < TOLERANCE
 
 
