@@ -86,7 +86,7 @@ class ModelRunner:
             hidden, logits, best = self.model.run(plan, scored)
             scored_hidden = _rows_of(hidden, scored)
         else:
-            hidden = self._hidden(plan)
+            hidden = self._hidden(self.model, plan)
             scored_hidden, logits = self._scored(hidden, scored)
         prompt_hidden: dict[Sequence, Tensor] = {}
         for work, end in zip(plan, ends, strict=True):
@@ -100,13 +100,13 @@ class ModelRunner:
         sequences, drafts = [work.sequence for work in reached], [work.drafts for work in reached]
         return StepResult(sequences, drafts, logits, best, scored_hidden, prompt_hidden)
 
-    def _hidden(self, plan: list[Scheduled]) -> Tensor:
+    def _hidden(self, model: Decoder, plan: list[Scheduled]) -> Tensor:
         """The hidden states (T, D) of a plan's tokens, in its order; rows beyond them are padding."""
         token_ids = [token for work in plan for token in work.token_ids]
         positions = [place for work in plan for place in range(work.start, work.start + work.count)]
         padding = [0] * (padded_rows(len(token_ids)) - len(token_ids))
         device = self.cache.keys.device
-        return self.model(
+        return model(
             torch.tensor([token_ids + padding], device=device),
             torch.tensor([positions + padding], device=device),
             StepAttention(self.cache, plan),

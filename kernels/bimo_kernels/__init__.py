@@ -17,7 +17,16 @@ for _library in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
     ctypes.CDLL(str(_library), mode=ctypes.RTLD_GLOBAL)
 
 from bimo_kernels import _kernels  # noqa: E402
-from bimo_kernels.fused import GROUP, FusedModel, PackedMatrix, gemv_rate, instruction_sets, pack, product  # noqa: E402
+from bimo_kernels.fused import (  # noqa: E402
+    GROUP,
+    FusedModel,
+    PackedMatrix,
+    gemv_rate,
+    instruction_sets,
+    pack,
+    parallel_regions,
+    product,
+)
 
 __all__ = [
     "GROUP",
@@ -29,6 +38,7 @@ __all__ = [
     "gemv_rate",
     "instruction_sets",
     "pack",
+    "parallel_regions",
     "product",
     "rms_norm",
     "store",

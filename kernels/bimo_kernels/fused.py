@@ -16,7 +16,17 @@ from torch import Tensor
 
 from bimo_kernels import _kernels
 
-__all__ = ["FORMATS", "GROUP", "FusedModel", "PackedMatrix", "gemv_rate", "instruction_sets", "pack", "product"]
+__all__ = [
+    "FORMATS",
+    "GROUP",
+    "FusedModel",
+    "PackedMatrix",
+    "gemv_rate",
+    "instruction_sets",
+    "pack",
+    "parallel_regions",
+    "product",
+]
 
 LANES = 16
 GROUP = 32  # columns that share a scale
@@ -244,6 +254,11 @@ def product(matrix: PackedMatrix, x: Tensor, instruction_set: str = "") -> Tenso
     y = torch.empty(len(x), matrix.rows)
     _kernels.product(instruction_set, matrix.fields(), x.data_ptr(), len(x), y.data_ptr())
     return y
+
+
+def parallel_regions() -> int:
+    """How many parallel regions were computed so far: one a step."""
+    return _kernels.parallel_regions()
 
 
 def gemv_rate(num_bytes: int, seconds: float = 0.5) -> float:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "model.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 
@@ -206,6 +207,7 @@ void bind_fused(nb::module_& m) {
         .def("logits", &Fused::logits)
         .def_prop_ro("instruction_set", &Fused::isa);
     m.def("product", &product);
+    m.def("parallel_regions", &parallel_regions);
     m.def("read_codes", &read_codes);
     m.def("instruction_sets", &instruction_sets);
 }

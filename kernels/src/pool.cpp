@@ -93,9 +93,14 @@ class Pool {
     std::vector<std::thread> threads_;
 };
 
+std::atomic<long long> regions{0};
+
 }  // namespace
 
+long long parallel_regions() { return regions.load(); }
+
 void in_parallel(int threads, void (*work)(void*, int), void* data) {
+    regions.fetch_add(1, std::memory_order_relaxed);
     static thread_local std::unique_ptr<Pool> pool;  // each engine's thread has its own
     if (pool && !pool->is_here()) (void)pool.release();  // its threads stayed in the parent
     if (threads <= 1) return work(data, 0);

@@ -8,4 +8,7 @@ namespace bimo {
 // must be shared out as it is asked for (team.h), not by the number of threads.
 void in_parallel(int threads, void (*work)(void* data, int number), void* data);
 
+// How often that was called, in all threads: tests count that a step is one parallel region.
+long long parallel_regions();
+
 }  // namespace bimo

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -190,3 +191,28 @@ def test_more_threads_than_cores(tiny_model_dir: Path) -> None:
         for threads in ("1", "2", "9")
     }  # fmt: skip
     assert len(answers) == 1
+
+
+@needs_kernels
+def test_a_step_is_one_parallel_region_and_asks_for_no_new_memory_for_scores(tiny_model_dir: Path) -> None:
+    """What a step costs beside its arithmetic, counted: regions entered, memory of the logits, requests computed."""
+    kernels = load_kernels()
+    assert kernels is not None
+    with bimo.load(str(tiny_model_dir), speculation="off") as model:
+        fused = model.backend.engine.runner.model.fused
+        step, places = fused.step, []
+
+        def noted(*args: Any) -> Any:
+            found = step(*args)
+            places.append(found[1].data_ptr())
+            return found
+
+        fused.step = noted
+        regions, steps = kernels.parallel_regions(), model.backend.stats().steps
+        found = model.generate(
+            "从前有一个小小的模型", n=5, max_tokens=20, temperature=0.0, ignore_eos=True, min_tokens=20
+        )
+        assert [len(completion.tokens) for completion in found] == [20] * 5
+        steps = model.backend.stats().steps - steps
+    assert kernels.parallel_regions() - regions == steps == len(places) <= 22  # five prompts together, twenty tokens
+    assert len(set(places)) <= 3  # it grows with the batch, then stays
