@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-QUOTE = re.compile(r"`(bimo/[\w/]+\.\w+)` › `([^`]+)`")
+QUOTE = re.compile(r"`((?:bimo|kernels)/[\w/]+\.\w+)` › `([^`]+)`")
 
 
 def quotes(document: Path) -> list[tuple[str, str]]:

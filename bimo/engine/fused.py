@@ -117,6 +117,7 @@ class _Packer:
         self.config, self.kernels, self.quant = config, kernels, quant
         self.small: dict[str, Tensor] = {}  # norms, biases, positions: float32
         self.packed: dict[str, Any] = {}
+        self.arena = kernels.Arena()
         self.embedding: Tensor | None = None
 
     def take(self, name: str, weight: Weight) -> None:
@@ -133,7 +134,7 @@ class _Packer:
             return
         if (index := self._order(name)) is not None:
             weight = weight.rows(index)
-        self.packed[name] = self.kernels.pack(weight.format, weight.codes, weight.scales, weight.minima)
+        self.packed[name] = self.kernels.pack(weight.format, weight.codes, weight.scales, weight.minima, self.arena)
 
     def matrix(self, name: str) -> Any:
         """A packed matrix with its bias."""

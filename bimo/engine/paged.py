@@ -61,7 +61,9 @@ class PagedCache:
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros whose pages exist once written. torch.zeros would touch them all, and with huge pages (which NumPy asks
     for) the first token would too: it writes to every layer and head, each 2 MB apart."""
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    # private: a forked process must not write into its parent's
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -19,6 +19,7 @@ for _library in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
 from bimo_kernels import _kernels  # noqa: E402
 from bimo_kernels.fused import (  # noqa: E402
     GROUP,
+    Arena,
     FusedModel,
     PackedMatrix,
     gemv_rate,
@@ -32,6 +33,7 @@ __all__ = [
     "GROUP",
     "HEAD_DIMS",
     "INTERFACE",
+    "Arena",
     "FusedModel",
     "PackedMatrix",
     "decode_attention",
@@ -44,7 +46,7 @@ __all__ = [
     "store",
 ]
 
-INTERFACE = 3  # what bimo.engine.kernels asks for; raised with every change of what is taken or given
+INTERFACE = 4  # what bimo.engine.kernels asks for; raised with every change of what is taken or given
 HEAD_DIMS = frozenset({16, 32, 64, 80, 96, 128, 256})  # sizes that `decode_attention` was compiled for
 
 

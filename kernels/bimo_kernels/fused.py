@@ -19,6 +19,7 @@ from bimo_kernels import _kernels
 __all__ = [
     "FORMATS",
     "GROUP",
+    "Arena",
     "FusedModel",
     "PackedMatrix",
     "gemv_rate",
@@ -68,14 +69,16 @@ class PackedMatrix:
         )  # fmt: skip
 
 
-def pack(format: str, codes: Tensor, scales: Tensor, minima: Tensor | None) -> PackedMatrix:
+def pack(format: str, codes: Tensor, scales: Tensor, minima: Tensor | None, arena: Arena | None = None) -> PackedMatrix:
     """Lay a quantised weight out in panels.
 
     Args:
         format: "block8" (w = scale (q - 128)) or "block4" (w = scale q + minimum).
         codes: (rows, columns) uint8, for 4 bits below 16.
         scales: (rows, columns / 32 rounded up) float16. minima: like scales, for "block4".
+        arena: where to lay it; one for all weights of a model.
     """
+    copy_of = (arena or Arena()).copy_of
     rows, columns = codes.shape
     codes = F.pad(codes, (0, -columns % GROUP, 0, -rows % LANES))
     panels, groups = codes.shape[0] // LANES, codes.shape[1] // GROUP
@@ -84,12 +87,12 @@ def pack(format: str, codes: Tensor, scales: Tensor, minima: Tensor | None) -> P
         assert minima is not None and minima.dtype == torch.float16 and minima.shape == scales.shape
         halves = codes.view(panels, LANES, groups, 2, 4, 4)  # row, group, half, part, column
         low, high = (halves[:, :, :, i].permute(0, 2, 3, 1, 4) for i in (0, 1))
-        packed = _aligned(low | high << 4)
+        packed = copy_of(low | high << 4)
         scales = torch.stack((_by_panel(scales, panels, groups), _by_panel(minima, panels, groups)), dim=2)
     else:
-        packed = _aligned(codes.view(panels, LANES, -1, 4).permute(0, 2, 1, 3))
+        packed = copy_of(codes.view(panels, LANES, -1, 4).permute(0, 2, 1, 3))
         scales = _by_panel(scales, panels, groups)
-    return PackedMatrix(format, rows, columns, packed, _aligned(scales))
+    return PackedMatrix(format, rows, columns, packed, copy_of(scales))
 
 
 def _by_panel(values: Tensor, panels: int, groups: int) -> Tensor:
@@ -98,14 +101,31 @@ def _by_panel(values: Tensor, panels: int, groups: int) -> Tensor:
     return values.view(panels, LANES, groups).transpose(1, 2)
 
 
-def _aligned(values: Tensor) -> Tensor:
-    """A contiguous copy at the start of a page; large ones in huge pages, which a pass over all weights is glad of."""
-    size = max(values.numel() * values.element_size(), 1)
-    memory = mmap.mmap(-1, size)
-    if size >= 1 << 21 and hasattr(mmap, "MADV_HUGEPAGE"):
+class Arena:
+    """Memory for packed weights, in pieces of 32 MB or more that the system may back with huge pages: matrices of a
+    megabyte each would get none, and a pass over all weights would look up 35,000 small pages."""
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | None = None
+        self._used = 0
+
+    def copy_of(self, values: Tensor) -> Tensor:
+        """A contiguous copy that starts at a multiple of 4,096 bytes."""
+        size = max(values.nbytes, 1)
+        if self._memory is None or self._used + size > len(self._memory):
+            self._memory, self._used = _new_memory(max(size, 1 << 25)), 0
+        copy = torch.frombuffer(self._memory, dtype=values.dtype, count=values.numel(), offset=self._used)
+        self._used += -(-size // 4096) * 4096
+        return copy.view(values.shape).copy_(values)
+
+
+def _new_memory(size: int) -> mmap.mmap:
+    # private: a shared mapping has small pages only, and a forked process would write into its parent's
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, size, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel()).view(values.shape)
-    return copy.copy_(values)
+    return memory
 
 
 class FusedModel:
@@ -265,7 +285,7 @@ def gemv_rate(num_bytes: int, seconds: float = 0.5) -> float:
     """Bytes a second at which this machine reads `num_bytes` of weights for the plainest int8 product: the limit."""
     import time
 
-    codes = _aligned(torch.ones(num_bytes // 256 * 256, dtype=torch.uint8))
+    codes = Arena().copy_of(torch.ones(num_bytes // 256 * 256, dtype=torch.uint8))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
         begun = time.perf_counter()
