@@ -42,7 +42,9 @@ class _Steps:
 
 
 def say(address: str) -> None:
-    print(address, flush=True)
+    # one write: `print` writes the line's end apart, and two threads tell the address
+    sys.stdout.write(f"{address}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
