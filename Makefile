@@ -56,10 +56,10 @@ docs: $(VENV)/.installed ## write the generated pages of docs/
 
 clean: ## remove caches and build products (models stay in the cache folder, `bimo models` shows it)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis test-results *.egg-info
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./benchmarks/.peers \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv
-	rm -rf $(VENV)
+distclean: clean ## clean, and remove .venv and the environments of the peers that `make bench` made
+	rm -rf $(VENV) benchmarks/.peers
 
 # --- what the targets above stand on; stamp files make a second run instant ---
 

@@ -20,7 +20,7 @@ from bimo.formats.gguf import gguf_family
 from bimo.formats.gguf_file import GgufFile
 from bimo.formats.maps import Entry, tensor_plan
 from bimo.models.config import DecoderConfig
-from bimo.quant.weights import QuantisedWeight
+from bimo.quant.weights import QuantisedWeight, join
 
 __all__ = ["load_gguf_weights"]
 
@@ -49,13 +49,7 @@ def _weight(gguf: GgufFile, entry: Entry) -> Weight:
     kept = [part for part in parts if part is not None and not entry.transposed]
     if len(kept) < len(parts) or len({part.format for part in kept}) > 1:
         return entry.merge([gguf.read(piece.name, torch.float32) for piece in entry.pieces])
-    minima = [part.minima for part in kept if part.minima is not None]
-    return QuantisedWeight(
-        kept[0].format,
-        entry.merge([part.codes for part in kept]),
-        entry.merge([part.scales for part in kept]),
-        entry.merge(minima) if minima else None,
-    )
+    return join(kept, entry.merge)
 
 
 def _blocks(gguf: GgufFile, name: str) -> QuantisedWeight | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bimo.errors import CorruptModelError
 
-__all__ = ["BLOCK", "QuantisedWeight", "quantise4", "quantise8", "round_weight"]
+__all__ = ["BLOCK", "QuantisedWeight", "join", "quantise4", "quantise8", "round_weight"]
 
 BLOCK = 32  # columns that share a scale
 _ROWS_AT_ONCE = 4096
@@ -101,18 +101,21 @@ def round_weight(name: str, weight: Tensor | QuantisedWeight, quant: str, *, tie
         raise CorruptModelError(f"the model cannot be rounded to {quant}, {name}: {error}; fetch it again") from None
 
 
-def _in_slices(round_rows: Callable[[Tensor], QuantisedWeight], weight: Tensor) -> QuantisedWeight:
-    """Some rows at a time: the float32 copies of a whole vocabulary's embedding are several times the result."""
-    parts = [round_rows(rows) for rows in weight.split(_ROWS_AT_ONCE)]
-    if len(parts) == 1:
-        return parts[0]
+def join(parts: list[QuantisedWeight], merge: Callable[[list[Tensor]], Tensor]) -> QuantisedWeight:
+    """One weight of several of the same format, whose tensors `merge` puts together (torch.cat: rows below rows)."""
     minima = [part.minima for part in parts if part.minima is not None]
     return QuantisedWeight(
         parts[0].format,
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat(minima) if minima else None,
+        merge([part.codes for part in parts]),
+        merge([part.scales for part in parts]),
+        merge(minima) if minima else None,
     )
+
+
+def _in_slices(round_rows: Callable[[Tensor], QuantisedWeight], weight: Tensor) -> QuantisedWeight:
+    """Some rows at a time: the float32 copies of a whole vocabulary's embedding are several times the result."""
+    parts = [round_rows(rows) for rows in weight.split(_ROWS_AT_ONCE)]
+    return parts[0] if len(parts) == 1 else join(parts, torch.cat)
 
 
 def _round8(weight: Tensor) -> QuantisedWeight:

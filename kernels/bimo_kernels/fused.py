@@ -218,18 +218,14 @@ class FusedModel:
             0 if value_scales is None else value_scales.data_ptr(), num_blocks,
         )  # fmt: skip
 
-    def forward(self, token_ids: list[int], spans: list[tuple[int, int, list[int]]]) -> Tensor:
-        """Hidden states after the final norm, (T, D) float32, of sequences' tokens one after the other.
-
-        spans: (position of the first token, number of tokens, cache blocks) of each sequence.
-        """
-        return self.step(token_ids, spans, [])[0]
-
     def step(
         self, token_ids: list[int], spans: list[tuple[int, int, list[int]]], scored: list[int]
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Hidden states as `forward` gives them; of the rows `scored` the logits (N, V) float32, in memory that the
-        next step uses again, and the likeliest words."""
+        """Hidden states after the final norm, (T, D) float32, of sequences' tokens one after the other; of the rows
+        `scored` the logits (N, V) float32, in memory that the next step uses again, and the likeliest words.
+
+        spans: (position of the first token, number of tokens, cache blocks) of each sequence.
+        """
         hidden = torch.empty(len(token_ids), self.hidden)
         logits = self._rows_for(len(scored))
         best = self._fused.forward(token_ids, spans, hidden.data_ptr(), scored, logits.data_ptr())

@@ -42,7 +42,8 @@ class Pool {
     int threads() const { return int(threads_.size()) + 1; }
     bool is_here() const { return process_ == getpid(); }  // threads do not survive a fork
 
-    void run(void (*work)(void*, int), void* data) {
+    // An error in one thread cannot be told to the others, who share the caller's memory: it ends the process.
+    void run(void (*work)(void*, int), void* data) noexcept {
         work_ = work, data_ = data;
         state_.store(uint64_t(++step_) << 32 | OPEN);
         if (asleep_.load()) {

@@ -198,12 +198,13 @@ INLINE void make_heads(const Model& m, int64_t number_of_layer, const Step& step
     }
 }
 
-// Ask for the first blocks of a task's keys and values: a task of a short sequence is over before memory answers.
+// Ask for the blocks of keys and values that a task reads first: one of a short sequence is over before memory answers.
 INLINE void ask_for(const Model& m, int64_t layer, const Task& task) {
     const int64_t bytes = LANES * m.head_dim * (m.kv_int8 ? 1 : 2);
     const int64_t head = (layer * m.kv_heads + task.head) * m.num_blocks;
-    const int64_t last = (task.span->start + task.first) / LANES, first = std::max<int64_t>(0, last - 7);
-    for (int64_t b = first; b <= last; b++) {
+    const int64_t position = task.span->start + task.first, window = m.layers[layer].window;
+    const int64_t first = (window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0) / LANES;
+    for (int64_t b = first; b <= std::min(position / LANES, first + 7); b++) {
         const int64_t at = (head + task.span->blocks[b]) * bytes;
         for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(m.keys + at + line, 0, 2);
         for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(m.values + at + line, 0, 2);

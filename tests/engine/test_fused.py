@@ -95,6 +95,10 @@ def blocks_of(number: int) -> list[int]:
     return [*range(number, NUM_BLOCKS, 3)][::-1]
 
 
+def hidden_of(fused: FusedDecoder, ids: list[int], spans: list[tuple[int, int, list[int]]]) -> torch.Tensor:
+    return fused.fused.step(ids, spans, [])[0]
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
@@ -113,7 +117,7 @@ def expected_hidden(decoder: Decoder, ids: list[int]) -> torch.Tensor:
 def test_every_family_computes_what_the_plain_decoder_does(name: str, quant: str) -> None:
     fused, decoder = make(MODELS[name], quant)
     ids = ids_of(1)
-    hidden = fused.fused.forward(ids, [(0, len(ids), blocks_of(0))])
+    hidden = hidden_of(fused, ids, [(0, len(ids), blocks_of(0))])
     expected = expected_hidden(decoder, ids)
     assert relative(hidden, expected) < 0.04
     assert relative(hidden[-40:], expected[-40:]) < 0.05
@@ -128,7 +132,7 @@ def test_every_instruction_set(name: str, cache: torch.dtype, instruction_set: s
     fused, decoder = make(MODELS[name], "int4", instruction_set, cache)
     assert fused.fused.instruction_set == instruction_set
     ids = ids_of(2)
-    hidden = fused.fused.forward(ids, [(0, len(ids), blocks_of(1))])
+    hidden = hidden_of(fused, ids, [(0, len(ids), blocks_of(1))])
     assert relative(hidden, expected_hidden(decoder, ids)) < 0.05
 
 
@@ -138,7 +142,7 @@ def test_a_token_s_result_does_not_depend_on_chunks_or_company(cache: torch.dtyp
     """Bit for bit: all at once, in chunks beside others, and token by token. This is why greedy answers repeat."""
     fused, _ = make(MODELS["qwen2"], "int8", instruction_set, cache)
     ids = [ids_of(seed, 290) for seed in range(3)]
-    whole = [fused.fused.forward(row, [(0, 290, blocks_of(n))]).clone() for n, row in enumerate(ids)]
+    whole = [hidden_of(fused, row, [(0, 290, blocks_of(n))]).clone() for n, row in enumerate(ids)]
     fused.make_cache(NUM_BLOCKS, 16)
     starts, sizes = (
         [0, 0, 0],
@@ -147,7 +151,7 @@ def test_a_token_s_result_does_not_depend_on_chunks_or_company(cache: torch.dtyp
     for step in sizes:
         spans = [(starts[n], count, blocks_of(n)) for n, count in enumerate(step)]
         tokens = [token for n, count in enumerate(step) for token in ids[n][starts[n] :][:count]]
-        hidden = fused.fused.forward(tokens, spans)
+        hidden = hidden_of(fused, tokens, spans)
         row = 0
         for n, count in enumerate(step):
             assert torch.equal(hidden[row : row + count], whole[n][starts[n] : starts[n] + count]), (n, starts[n])
@@ -190,13 +194,27 @@ def test_numbers_at_the_edge() -> None:
                 )
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_any_number_of_threads_computes_the_same(threads: int) -> None:
+    """Also more threads than cores, of which some come to a step when it is over; many short steps in a row."""
+    fused, _ = make(MODELS["qwen2"])
+    ids, before = ids_of(10, 33), torch.get_num_threads()
+    expected = [t.clone() for t in fused.fused.step(ids, [(0, 33, [1, 2, 3])], [5, 32])[:2]]
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(200):
+            found = fused.fused.step(ids, [(0, 33, [1, 2, 3])], [5, 32])[:2]
+            assert all(map(torch.equal, found, expected))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_forked_process_and_another_thread_compute_the_same() -> None:
     fused, _ = make(MODELS["llama"])
     ids = ids_of(9, 40)
-    expected = fused.fused.forward(ids, [(0, 40, [1, 2, 3])]).clone()
+    expected = hidden_of(fused, ids, [(0, 40, [1, 2, 3])]).clone()
     found: list[torch.Tensor] = []
-    thread = threading.Thread(target=lambda: found.append(fused.fused.forward(ids, [(0, 40, [4, 5, 6])])))
+    thread = threading.Thread(target=lambda: found.append(hidden_of(fused, ids, [(0, 40, [4, 5, 6])])))
     thread.start()
     thread.join()
     assert torch.equal(found[0], expected)
@@ -204,14 +222,13 @@ def test_a_forked_process_and_another_thread_compute_the_same() -> None:
     if child == 0:  # the parent's threads are not here
         same = False
         with contextlib.suppress(BaseException):
-            same = torch.equal(fused.fused.forward(ids, [(0, 40, [7, 8, 9])]), expected)
+            same = torch.equal(hidden_of(fused, ids, [(0, 40, [7, 8, 9])]), expected)
         os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_what_would_read_outside_is_refused() -> None:
     fused, _ = make(MODELS["gpt2"])
-    step = fused.fused.forward
     for ids, spans, words in [
         ([], [], "at least one token"),
         ([101], [(0, 1, [0])], "vocabulary"),
@@ -225,7 +242,7 @@ def test_what_would_read_outside_is_refused() -> None:
         ([1], [(512, 1, list(range(40)))], "beyond the model"),
     ]:
         with pytest.raises(ValueError, match=words):
-            step(ids, spans)
+            hidden_of(fused, ids, spans)
     for row in (-1, 1):
         with pytest.raises(ValueError, match="a scored row outside"):
             fused.fused.step([1], [(0, 1, [0])], [row])
@@ -252,20 +269,20 @@ def test_forked_blocks_take_their_scales_along() -> None:
     fused, _ = make(MODELS["llama"], cache_dtype=torch.int8)
     cache = fused.make_cache(NUM_BLOCKS, 16)
     ids = ids_of(4, 20)
-    fused.fused.forward(ids[:19], [(0, 19, [3, 4])])
+    hidden_of(fused, ids[:19], [(0, 19, [3, 4])])
     cache.copy_blocks([(4, 9)])
-    expected = fused.fused.forward(ids[19:], [(19, 1, [3, 4])])
-    assert torch.equal(fused.fused.forward(ids[19:], [(19, 1, [3, 9])]), expected)
+    expected = hidden_of(fused, ids[19:], [(19, 1, [3, 4])])
+    assert torch.equal(hidden_of(fused, ids[19:], [(19, 1, [3, 9])]), expected)
 
 
 def test_leftovers_of_another_sequence_do_no_harm() -> None:
     """A block that held NaN (of a broken request) is clean for the next one."""
     fused, _ = make(MODELS["llama"])
     cache = fused.make_cache(NUM_BLOCKS, 16)
-    expected = fused.fused.forward(ids_of(5, 5), [(0, 5, [0])]).clone()
+    expected = hidden_of(fused, ids_of(5, 5), [(0, 5, [0])]).clone()
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
-    assert torch.equal(fused.fused.forward(ids_of(5, 5), [(0, 5, [0])]), expected)
+    assert torch.equal(hidden_of(fused, ids_of(5, 5), [(0, 5, [0])]), expected)
 
 
 def test_a_plan_of_the_scheduler() -> None:
@@ -275,7 +292,7 @@ def test_a_plan_of_the_scheduler() -> None:
         request=Request(prompt_token_ids=ids), index=0, arrival=0, token_ids=ids, num_prompt=9, max_tokens=1, blocks=[7]
     )
     hidden, logits, best = fused.run([Scheduled(sequence, 0, 9)], [2, 8])
-    assert torch.equal(hidden, fused.fused.forward(ids, [(0, 9, [7])]))
+    assert torch.equal(hidden, hidden_of(fused, ids, [(0, 9, [7])]))
     assert logits.shape == (2, fused.config.vocab_size) and len(best) == 2
 
 
