@@ -60,8 +60,16 @@ def test_an_answer_streams(open_page: OpenPage, locale: str, question: str, titl
     expect(page.locator(".conversation-title")).to_have_text(title)
     stats = page.locator(".stats").inner_text()
     assert "token" in stats
-    assert ("tokens/s" if locale == "en-US" else "每秒") in stats
+    assert ("first word after" if locale == "en-US" else "首字") in stats
     assert page.evaluate("document.documentElement.lang") == ("en" if locale == "en-US" else "zh-CN")
+
+
+@pytest.mark.parametrize(("locale", "rate"), [("en-US", "tokens/s"), ("zh-CN", "每秒")])
+def test_a_longer_answer_tells_its_rate(open_page: OpenPage, locale: str, rate: str) -> None:
+    # an answer of less than 50 ms tells none: a dozen tokens may come faster than a clock of milliseconds can say
+    page = open_page(settings={"max_tokens": 200}, locale=locale)
+    ask_and_wait(page, "Tell me a long story about a dragon.")
+    assert rate in page.locator(".stats").inner_text()
 
 
 def test_a_cut_answer_says_so_and_can_go_on(open_page: OpenPage) -> None:
