@@ -207,11 +207,12 @@ def answer_with(page: Page, text: str, finish: str = "stop") -> None:
     page.route("**/v1/chat/completions", fulfil)
 
 
-def never_ending(page: Page) -> None:
-    """Let the model go on until it is stopped: the page's own requests, with `ignore_eos` added."""
+def never_ending(page: Page, max_tokens: int = 4000) -> None:
+    """Let the model go on until it is stopped, or for just `max_tokens`: the page's requests, with `ignore_eos`."""
 
     def fulfil(route: Route) -> None:
-        route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True, "max_tokens": 4000}))
+        body = route.request.post_data_json | {"ignore_eos": True, "max_tokens": max_tokens}
+        route.continue_(post_data=json.dumps(body))
 
     page.route("**/v1/chat/completions", fulfil)
 

@@ -32,16 +32,8 @@ STORED_ANSWERS = """async () => {
 }"""
 
 
-@pytest.mark.parametrize(
-    ("locale", "question", "title"),
-    [
-        ("en-US", "What is the capital of France?", "What is the capital of France?"),
-        ("zh-CN", "用一句话介绍北京 🏙️", "用一句话介绍北京 🏙️"),
-    ],
-)
-def test_an_answer_streams(open_page: OpenPage, locale: str, question: str, title: str) -> None:
-    page = open_page(locale=locale)
-    # every state of the answer's text that was on screen
+def watch_answer(page: Page) -> None:
+    """Keep every state of the answer's text that is on screen from now on in `window.states`."""
     page.evaluate(
         """() => {
             window.states = [];
@@ -51,11 +43,21 @@ def test_an_answer_streams(open_page: OpenPage, locale: str, question: str, titl
             }).observe(document.body, { childList: true, subtree: true, characterData: true });
         }"""
     )
+
+
+@pytest.mark.parametrize(
+    ("locale", "question", "title"),
+    [
+        ("en-US", "What is the capital of France?", "What is the capital of France?"),
+        ("zh-CN", "用一句话介绍北京 🏙️", "用一句话介绍北京 🏙️"),
+    ],
+)
+def test_an_answer_streams(open_page: OpenPage, locale: str, question: str, title: str) -> None:
+    page = open_page(locale=locale)
+    watch_answer(page)
     answer = ask_and_wait(page, question)
-    states = page.evaluate("window.states")
     assert answer
-    assert len(states) > 1, "the text came in one piece"  # a short answer, several tokens a step: a few states
-    assert not any("\ufffd" in state for state in states), "half a character was shown"
+    assert not any("\ufffd" in state for state in page.evaluate("window.states")), "half a character was shown"
     expect(page.locator(".bubble")).to_have_text(question)
     expect(page.locator(".conversation-title")).to_have_text(title)
     stats = page.locator(".stats").inner_text()
@@ -65,10 +67,12 @@ def test_an_answer_streams(open_page: OpenPage, locale: str, question: str, titl
 
 
 @pytest.mark.parametrize(("locale", "rate"), [("en-US", "tokens/s"), ("zh-CN", "每秒")])
-def test_a_longer_answer_tells_its_rate(open_page: OpenPage, locale: str, rate: str) -> None:
-    # an answer of less than 50 ms tells none: a dozen tokens may come faster than a clock of milliseconds can say
-    page = open_page(settings={"max_tokens": 200}, locale=locale)
+def test_a_longer_answer_grows_and_tells_its_rate(open_page: OpenPage, locale: str, rate: str) -> None:
+    # a dozen tokens may come within one frame, and faster than a clock of milliseconds can say: 300 do not
+    page = open_page(locale=locale, before=lambda page: never_ending(page, max_tokens=300))
+    watch_answer(page)
     ask_and_wait(page, "Tell me a long story about a dragon.")
+    assert len(page.evaluate("window.states")) > 2, "the text came in one piece"
     assert rate in page.locator(".stats").inner_text()
 
 
@@ -202,7 +206,7 @@ def test_rename_and_delete_with_undo(open_page: OpenPage) -> None:
 
 
 def test_an_answer_goes_on_behind_another_conversation(open_page: OpenPage) -> None:
-    page = open_page(settings={"max_tokens": 40})
+    page = open_page(before=lambda page: never_ending(page, max_tokens=600))
     ask(page, "Write a long text about rivers.")
     page.wait_for_selector("article.assistant .prose")
     page.get_by_role("button", name="New chat").click()
