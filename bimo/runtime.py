@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import platform
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bimo.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "CpuInfo",
     "api_key",
     "available_memory",
     "cache_home",
-    "choose_dtype",
     "cpu_info",
     "cpu_threads",
+    "dtype_name",
     "kernels_wanted",
+    "lazy_memory",
     "return_free_memory",
     "seed_all",
     "tame_openmp",
@@ -119,17 +117,24 @@ def return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def choose_dtype(name: str | None, device: str = "cpu") -> torch.dtype:
-    """The number type to compute in. None: bfloat16 where the hardware multiplies it, float32 elsewhere."""
-    import torch
+def lazy_memory(num_bytes: int) -> mmap.mmap:
+    """Zeros whose pages exist once they are written. With huge pages (which NumPy asks for) the first token of a cache
+    would touch them all: it writes to every layer and head, each 2 MB apart."""
+    # private: a forked process must not write into its parent's
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, num_bytes, **private)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
 
+
+def dtype_name(name: str | None, device: str = "cpu") -> str:
+    """The number type to compute in. None: bfloat16 where the hardware multiplies it, float32 elsewhere."""
     if name in (None, "auto"):
-        if device == "cpu":
-            return torch.bfloat16 if cpu_info().fast_bfloat16 else torch.float32
-        return torch.bfloat16
+        return "float32" if device == "cpu" and not cpu_info().fast_bfloat16 else "bfloat16"
     if name not in DTYPES:
         raise UsageError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {name!r}", "dtype")
-    return getattr(torch, name)
+    return name
 
 
 def seed_all(seed: int) -> None:

@@ -15,22 +15,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from bimo.backends.packed import PackedFile
+from bimo.engine.cache import NUMBER_BYTES, bytes_per_token
 from bimo.engine.fused import FusedDecoder, can_fuse
-from bimo.engine.packing import pack_linear_layers
-from bimo.engine.paged import PagedCache
 from bimo.engine.runner import ModelRunner
 from bimo.errors import UsageError
 from bimo.formats.hub import gguf_source
 from bimo.formats.huggingface import load_weights
 from bimo.models.config import DecoderConfig
-from bimo.models.decoder import Decoder
-from bimo.models.empty import empty_decoder
-from bimo.quant.weights import QuantisedWeight, round_weight
-from bimo.runtime import available_memory, choose_dtype, return_free_memory
+from bimo.runtime import available_memory, dtype_name, return_free_memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from bimo.models.decoder import Decoder
 
 __all__ = [
     "BLOCK_SIZE",
@@ -52,22 +52,22 @@ _BITS = {"int8": 8.5, "int4": 5.8, "file": 8.5}  # a weight, scales and an 8-bit
 
 @dataclass(frozen=True)
 class Precision:
-    """What is computed with: `quant` of the weights, `dtype` of activations and cache ("none") or of the cache."""
+    """What is computed with: `quant` of the weights, `dtype` of activations and cache ("none") or of the cache.
+    Number types by name, so that a fused model needs no torch."""
 
     quant: str
-    dtype: torch.dtype
-    cache_dtype: torch.dtype
+    dtype: str
+    cache_dtype: str
     fused: bool  # the whole step by the kernels
     why: str
 
     @property
     def name(self) -> str:
         """For people: "int8", "the file's own bits", "bfloat16", "int8 widened to bfloat16"."""
-        number_type = str(self.dtype).removeprefix("torch.")
         if self.quant == "none":
-            return number_type
+            return self.dtype
         weights = "the file's own bits" if self.quant == "file" else self.quant
-        return weights if self.fused else f"{weights} widened to {number_type}"
+        return weights if self.fused else f"{weights} widened to {self.dtype}"
 
 
 def choose_precision(
@@ -97,7 +97,7 @@ def choose_precision(
             "none": f"dtype {wished} was asked for" if wished else f"int8 would not be faster: {obstacle}",
         }[quant]
     fused = quant != "none" and obstacle is None
-    number_type = torch.bfloat16 if fused else choose_dtype(dtype, device)
+    number_type = "bfloat16" if fused else dtype_name(dtype, device)
     if cache_dtype not in (None, "auto") and not fused:
         raise UsageError(
             f"a cache in {cache_dtype} needs quantised weights and the kernels ({obstacle or 'quant is none'}): leave "
@@ -106,13 +106,15 @@ def choose_precision(
         )
     # half the memory to hold and to read; beside int8 weights it costs no perplexity that could be measured
     narrow = fused and cache_dtype != "bfloat16"
-    return Precision(quant, number_type, torch.int8 if narrow else number_type, fused, why)
+    return Precision(quant, number_type, "int8" if narrow else number_type, fused, why)
 
 
 def load_decoder(
     directory: Any, config: DecoderConfig, dtype: torch.dtype, device: str = "cpu", weights: Any = None
 ) -> Decoder:
     """Build the model without memory, then let each weight arrive in its number type: peak = weights + one tensor."""
+    from bimo.models.empty import empty_decoder
+
     model = empty_decoder(config)
     for name, tensor in weights or load_weights(directory, config):
         model.load_state_dict({name: tensor.to(device, dtype)}, strict=False, assign=True)
@@ -141,22 +143,38 @@ def build_model(
 ) -> Decoder | FusedDecoder:
     """Load the weights into the loops that `precision` names."""
     need_memory(config, precision)
-    weights = _weights(reference, directory, config, precision)
     model: Decoder | FusedDecoder
     if precision.fused:
-        model = FusedDecoder(config, weights, precision.quant, cache_dtype=precision.cache_dtype)
+        model = _load_fused(reference, directory, config, precision)
     else:
-        model = load_decoder(
-            directory, config, precision.dtype, device, _dequantised(weights, precision, config.tied_embeddings)
-        )
+        import torch
+
+        from bimo.engine.packing import pack_linear_layers
+
+        weights = _weights(directory, config, precision, _source(reference, directory, precision))
+        dtype = getattr(torch, precision.dtype)
+        model = load_decoder(directory, config, dtype, device, _dequantised(weights, precision, config.tied_embeddings))
         pack_linear_layers(model)
     return_free_memory()
     return model
 
 
+def _load_fused(reference: str, directory: Path, config: DecoderConfig, precision: Precision) -> FusedDecoder:
+    """From the weights as they were packed once, else from the model's own, which takes ten times as long."""
+    source = _source(reference, directory, precision)
+    file = PackedFile(directory, source, precision.quant)
+    packed = file.read()
+    if packed is None:
+        from bimo.engine.fusing import fuse_weights
+
+        packed = fuse_weights(config, _weights(directory, config, precision, source), precision.quant)
+        file.write(packed)
+    return FusedDecoder(config, packed, cache_dtype=precision.cache_dtype)
+
+
 def need_memory(config: DecoderConfig, precision: Precision) -> None:
     """Refuse a model whose weights do not fit into the free memory: need, have, and what would help."""
-    bits = _BITS[precision.quant] if precision.fused else 8.0 * precision.dtype.itemsize
+    bits = _BITS[precision.quant] if precision.fused else 8.0 * NUMBER_BYTES[precision.dtype]
     largest = config.vocab_size * config.hidden_size * 4 * 2  # a tensor on its way, plain and quantised
     needed, free = int(config.num_parameters * bits / 8) + largest, available_memory()
     if free is None or needed <= free:
@@ -171,9 +189,10 @@ def need_memory(config: DecoderConfig, precision: Precision) -> None:
     )
 
 
-def _weights(reference: str, directory: Path, config: DecoderConfig, precision: Precision) -> Iterator[Any]:
+def _source(reference: str, directory: Path, precision: Precision) -> Path:
+    """Where the weights are: the model's directory, or for "file" its GGUF file."""
     if precision.quant != "file":
-        return load_weights(directory, config)
+        return directory
     file = gguf_source(reference, directory)
     if file is None:
         raise UsageError(
@@ -181,23 +200,36 @@ def _weights(reference: str, directory: Path, config: DecoderConfig, precision: 
             'quant "int8" or "int4"',
             "quant",
         )
+    return file
+
+
+def _weights(directory: Path, config: DecoderConfig, precision: Precision, source: Path) -> Iterator[Any]:
+    if precision.quant != "file":
+        return load_weights(directory, config)
     from bimo.formats.gguf_blocks import load_gguf_weights
 
-    return load_gguf_weights(file, config)
+    return load_gguf_weights(source, config)
 
 
 def _dequantised(weights: Iterator[Any], precision: Precision, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Plain tensors, rounded as asked: the values a fused model computes with, for plain torch."""
+    import torch
+
+    from bimo.quant.weights import QuantisedWeight, round_weight
+
     for name, weight in weights:
         if precision.quant != "none":
             weight = round_weight(name, weight, precision.quant, tied=tied)
-        yield name, weight.dequantise(precision.dtype) if isinstance(weight, QuantisedWeight) else weight
+        yield (
+            name,
+            weight.dequantise(getattr(torch, precision.dtype)) if isinstance(weight, QuantisedWeight) else weight,
+        )
 
 
-def _num_blocks(config: DecoderConfig, dtype: torch.dtype, tokens: int | None, context: int) -> int:
+def _num_blocks(config: DecoderConfig, dtype: str, tokens: int | None, context: int) -> int:
     """Blocks of KV cache. Asked for: exactly that. Else what KV_CACHE_BYTES holds, within half of the free memory,
     and no more than 64 full contexts could use."""
-    per_block = PagedCache.bytes_per_token(config, dtype) * BLOCK_SIZE
+    per_block = bytes_per_token(config, dtype) * BLOCK_SIZE
     if tokens is not None:
         if tokens < BLOCK_SIZE:
             raise UsageError(f"kv_cache_tokens must be at least {BLOCK_SIZE}, not {tokens}", "kv_cache_tokens")

@@ -24,7 +24,7 @@ from bimo.engine.request import Output, Request
 from bimo.errors import CapacityError, EngineError, UsageError
 from bimo.formats.hub import resolve
 from bimo.formats.huggingface import read_config
-from bimo.runtime import choose_dtype, return_free_memory
+from bimo.runtime import dtype_name, return_free_memory
 from bimo.tokenizer.load import Tokenizer
 
 __all__ = ["LocalBackend"]
@@ -94,10 +94,10 @@ class LocalBackend:
             num_parameters=cache.config.num_parameters,
             context_length=self.engine.context_length,
             vocab_size=cache.config.vocab_size,
-            dtype=precision.name if precision else str(cache.keys.dtype).removeprefix("torch."),
+            dtype=precision.name if precision else cache.dtype,
             quant=precision.quant if precision else "none",
-            cache_dtype=str(cache.keys.dtype).removeprefix("torch."),
-            device=str(cache.keys.device),
+            cache_dtype=cache.dtype,
+            device=cache.device,
             kv_cache_tokens=cache.num_blocks * cache.block_size,
         )
 
@@ -133,7 +133,7 @@ class LocalBackend:
             draft_model: a smaller model of the same vocabulary that drafts instead.
             progress: called with (stage, done, total) while fetching and converting.
         """
-        choose_dtype(dtype, device)  # a wrong name is told before anything is fetched
+        dtype_name(dtype, device)  # a wrong name is told before anything is fetched
         directory = resolve(reference, progress=progress)
         config = read_config(directory)
         precision = choose_precision(config, quant=quant, dtype=dtype, cache_dtype=kv_cache_dtype, device=device)

@@ -17,7 +17,17 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-__all__ = ["BlockPool", "hash_block"]
+from bimo.models.config import DecoderConfig
+
+__all__ = ["NUMBER_BYTES", "BlockPool", "bytes_per_token", "hash_block"]
+
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
+def bytes_per_token(config: DecoderConfig, dtype: str) -> int:
+    """Memory of one token's keys and values over all layers; in int8 with a float32 scale a head."""
+    of_a_head = config.head_dim * NUMBER_BYTES[dtype] + (4 if dtype == "int8" else 0)
+    return 2 * config.num_layers * config.num_kv_heads * of_a_head
 
 
 def hash_block(parent: bytes, tokens: Sequence[int]) -> bytes:

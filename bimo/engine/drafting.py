@@ -10,15 +10,18 @@ wanted for it:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from bimo.engine.fused import FusedDecoder
 from bimo.engine.runner import ModelRunner
-from bimo.engine.sampling import most_likely
 from bimo.engine.scheduler import Scheduled
 from bimo.engine.sequence import Sequence
 from bimo.engine.speculation import ROW_PRICE, Reserve, divide
 from bimo.errors import UsageError
-from bimo.models.decoder import Decoder
 from bimo.tokenizer.load import Tokenizer
+
+if TYPE_CHECKING:
+    from bimo.models.decoder import Decoder
 
 __all__ = ["DraftModelProposer", "check_vocabularies"]
 
@@ -69,7 +72,7 @@ class DraftModelProposer:
             plan = []
             if not result.sequences:
                 break
-            tokens = most_likely(result.logits[:, : self.num_words], 1)[:, 0].tolist()
+            tokens = result.logits[:, : self.num_words].argmax(axis=-1).tolist()
             for sequence, token in zip(result.sequences, tokens, strict=True):
                 if sequence not in drafts:
                     continue  # caught up, but there is no room

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import secrets
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bimo.engine.cache import BlockPool
 from bimo.engine.drafting import DraftModelProposer
@@ -29,9 +29,11 @@ from bimo.engine.speculation import NgramProposer, Speculation
 from bimo.engine.stopping import finish_text, stop_reason_of, update_after_token, would_end
 from bimo.engine.verify import Turn, choose, turns_of
 from bimo.errors import ContextLengthError, UsageError
-from bimo.models.decoder import Decoder
 from bimo.tokenizer.load import Tokenizer
 from bimo.tokenizer.stream import TextStream
+
+if TYPE_CHECKING:
+    from bimo.models.decoder import Decoder
 
 __all__ = ["Engine", "EngineConfig", "EngineStats"]
 

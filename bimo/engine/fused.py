@@ -1,31 +1,30 @@
 """A decoder whose whole step is one call into the C++ kernels, on weights of 8 or 4 bits; what `models.decoder.Decoder`
 is for plain torch. Same formulas, same parameter names; the runner does not know the difference.
 
-    weights (name, tensor) ──► quantise (bimo.quant) ──► pack in panels ──► FusedModel (kernels/bimo_kernels/fused.py)
+    weights (name, tensor) ──► quantise, pack in panels (fusing.py) ──► FusedWeights ──► FusedModel (kernels/)
 
-Keys and values lie in the engine's blocks, in an order of their own inside each (see kernels/src/attention.h).
+Keys and values lie in the engine's blocks, in an order of their own inside each (see kernels/src/attention.h). No torch
+here: importing it takes longer than all the rest of a start, and 200 MB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from types import ModuleType
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from bimo.engine.kernels import load_kernels
-from bimo.engine.paged import PagedCache, lazy_zeros
 from bimo.engine.scheduler import Scheduled
 from bimo.models.config import DecoderConfig
-from bimo.models.layers import rope_frequencies
-from bimo.quant.weights import QuantisedWeight, round_weight
+from bimo.runtime import lazy_memory
 
-__all__ = ["FusedDecoder", "can_fuse"]
+__all__ = ["FusedCache", "FusedDecoder", "FusedWeights", "can_fuse"]
 
 BLOCK = 16  # tokens of a cache block
-Weight = Tensor | QuantisedWeight
+Array = NDArray[Any]
 
 
 def can_fuse(config: DecoderConfig) -> str | None:
@@ -42,36 +41,61 @@ def can_fuse(config: DecoderConfig) -> str | None:
     return None
 
 
-class FusedCache(PagedCache):
-    """Keys and values in bfloat16, or in int8 with one float32 scale a token and head: half the memory."""
+@dataclass
+class FusedWeights:
+    """A decoder's weights as the kernels read them.
 
-    def __init__(self, config: DecoderConfig, num_blocks: int, dtype: torch.dtype) -> None:
-        super().__init__(config, num_blocks, BLOCK, dtype, torch.device("cpu"))
-        self.scales: tuple[Tensor, Tensor] | None = None
-        if dtype == torch.int8:
-            shape = (config.num_layers, config.num_kv_heads, num_blocks * BLOCK)
-            self.scales = lazy_zeros(shape, torch.float32), lazy_zeros(shape, torch.float32)
-            self.pools += self.scales
+    matrices: bimo_kernels.PackedMatrix by the parameter's name without ".weight"; a tied head is "embed_tokens".
+    vectors: norms, positions and the rotary "frequencies" in float32; "embed_tokens", where the head is not tied or of
+        4 bits, in bfloat16 (as uint16).
+    rope_factor: on cos and sin.
+    """
+
+    matrices: dict[str, Any] = field(default_factory=dict)
+    vectors: dict[str, Array] = field(default_factory=dict)
+    rope_factor: float = 1.0
+
+
+class FusedCache:
+    """Keys and values in bfloat16 (as uint16), or in int8 with one float32 scale a token and head: half the memory.
+    Pages are zeroed lazily by the system, so a large pool costs memory only as it fills."""
+
+    device = "cpu"
+
+    def __init__(self, config: DecoderConfig, num_blocks: int, dtype: str) -> None:
+        self.config, self.num_blocks, self.block_size, self.dtype = config, num_blocks, BLOCK, dtype
+        slots = (config.num_layers, config.num_kv_heads, num_blocks * BLOCK)
+        number = np.int8 if dtype == "int8" else np.uint16
+        self.keys, self.values = (_lazy_zeros((*slots, config.head_dim), number) for _ in range(2))
+        self.scales = (_lazy_zeros(slots, np.float32), _lazy_zeros(slots, np.float32)) if dtype == "int8" else None
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks, (source, destination) each; for forked sequences."""
+        for source, target in copies:
+            for pool in (self.keys, self.values, *(self.scales or ())):
+                blocks = pool.reshape(*pool.shape[:2], self.num_blocks, -1)
+                blocks[:, :, target] = blocks[:, :, source]
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: Any) -> Array:
+    count = math.prod(shape)
+    return np.frombuffer(lazy_memory(count * np.dtype(dtype).itemsize), dtype).reshape(shape)
 
 
 class FusedDecoder:
-    """Takes the weights one by one as they are read, so that at most one is held twice."""
+    """The model behind `ModelRunner`, as EagerDecoder (eager.py) is for torch."""
 
     def __init__(
         self,
         config: DecoderConfig,
-        weights: Iterable[tuple[str, Weight]],
-        quant: str,
+        weights: FusedWeights,
         *,
-        cache_dtype: torch.dtype = torch.bfloat16,
+        cache_dtype: str = "bfloat16",
         instruction_set: str = "",
     ) -> None:
         kernels = load_kernels()
-        assert kernels is not None and cache_dtype in (torch.bfloat16, torch.int8)
+        assert kernels is not None and cache_dtype in ("bfloat16", "int8")
         self.config, self.cache_dtype = config, cache_dtype
-        frequencies, rope_factor = None, 1.0
-        if config.position == "rotary":
-            frequencies, rope_factor = rope_frequencies(config.head_dim, config.rope, config.max_positions)
         self.fused = kernels.FusedModel(
             hidden=config.hidden_size,
             heads=config.num_heads,
@@ -84,102 +108,51 @@ class FusedDecoder:
             activation=config.activation,
             layer_norm=config.norm == "layer",
             gated=config.gated_mlp,
-            rope_factor=rope_factor,
+            rope_factor=weights.rope_factor,
             instruction_set=instruction_set,
         )
-        packer = _Packer(config, kernels, quant)
-        for name, weight in weights:
-            packer.take(name, weight)
-        packer.hand_over(self.fused, frequencies)
+        self._hand_over(weights)
 
-    def make_cache(self, num_blocks: int, block_size: int) -> PagedCache:
+    def make_cache(self, num_blocks: int, block_size: int) -> FusedCache:
         """The memory of keys and values; the step writes and reads it where it lies."""
         assert block_size == BLOCK, "the kernels' blocks have a token for each lane"
         cache = FusedCache(self.config, num_blocks, self.cache_dtype)
         self.fused.set_cache(cache.keys, cache.values, cache.scales, num_blocks)
         return cache
 
-    def run(self, plan: list[Scheduled], scored: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    def run(self, plan: list[Scheduled], scored: list[int]) -> tuple[Array, Array, list[int]]:
         """Hidden states (T, D) float32 of a plan's tokens, one sequence after the other; of the rows `scored` the
         logits (N, V) float32, which the next step overwrites, and the likeliest words."""
         token_ids = [token for work in plan for token in work.token_ids]
         return self.fused.step(token_ids, [(work.start, work.count, work.sequence.blocks) for work in plan], scored)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Array) -> Array:
         """(N, D) -> (N, V) float32."""
         return self.fused.logits(hidden)
 
+    def _hand_over(self, weights: FusedWeights) -> None:
+        config, matrices, vectors = self.config, weights.matrices, weights.vectors
 
-class _Packer:
-    """Collects a model's weights, each quantised and packed when it comes."""
+        def norm(name: str) -> tuple[Array, Array | None]:
+            return vectors[f"{name}.weight"], vectors.get(f"{name}.bias")
 
-    def __init__(self, config: DecoderConfig, kernels: ModuleType, quant: str) -> None:
-        self.config, self.kernels, self.quant = config, kernels, quant
-        self.small: dict[str, Tensor] = {}  # norms, biases, positions: float32
-        self.packed: dict[str, Any] = {}
-        self.arena = kernels.Arena()
-        self.embedding: Tensor | None = None
-
-    def take(self, name: str, weight: Weight) -> None:
-        weight = round_weight(name, weight, self.quant, tied=self.config.tied_embeddings)
-        coarse = isinstance(weight, QuantisedWeight) and weight.minima is not None
-        if name == "embed_tokens.weight" and (not self.config.tied_embeddings or coarse):
-            # the step reads words from a tied head of 8 bits only
-            plain = weight.dequantise() if isinstance(weight, QuantisedWeight) else weight
-            self.embedding = plain.to(torch.bfloat16)
-            if not self.config.tied_embeddings:
-                return
-        if isinstance(weight, Tensor):
-            self.small[name] = weight.float()
-            return
-        if (index := self._order(name)) is not None:
-            weight = weight.rows(index)
-        self.packed[name] = self.kernels.pack(weight.format, weight.codes, weight.scales, weight.minima, self.arena)
-
-    def matrix(self, name: str) -> Any:
-        """A packed matrix with its bias."""
-        bias, index = self.small.pop(f"{name}.bias", None), self._order(f"{name}.weight")
-        if bias is not None and index is not None:
-            bias = torch.where(index < 0, 0, bias[index.clamp_min(0)])
-        return self.packed.pop(f"{name}.weight").with_bias(bias)
-
-    def norm(self, name: str) -> tuple[Tensor, Tensor | None]:
-        return self.small.pop(f"{name}.weight"), self.small.pop(f"{name}.bias", None)
-
-    def _order(self, name: str) -> Tensor | None:
-        """For the MLP's first matrix: rows of the gate and of up in turns of 16, or of up alone, filled up to whole
-        groups of columns of the second. None: as they are."""
-        if not name.endswith(("mlp.gate_up_proj.weight", "mlp.up_proj.weight")):
-            return None
-        inner, group = self.config.intermediate_size, self.kernels.GROUP
-        rows = torch.arange(-(-inner // group) * group)
-        rows[inner:] = -1
-        if not self.config.gated_mlp:
-            return rows
-        up = torch.where(rows < 0, rows, rows + inner)
-        return torch.stack((rows.view(-1, 16), up.view(-1, 16)), dim=1).flatten()
-
-    def hand_over(self, fused: Any, frequencies: Tensor | None) -> None:
-        config = self.config
-        up_name = "gate_up_proj" if config.gated_mlp else "up_proj"
         for i in range(config.num_layers):
             base = f"layers.{i}"
-            fused.add_layer(
-                attention_norm=self.norm(f"{base}.attention_norm"),
-                mlp_norm=self.norm(f"{base}.mlp_norm"),
-                qkv=self.matrix(f"{base}.attention.qkv_proj"),
-                out=self.matrix(f"{base}.attention.out_proj"),
-                up=self.matrix(f"{base}.mlp.{up_name}"),
-                down=self.matrix(f"{base}.mlp.down_proj"),
-                q_norm=self.small.get(f"{base}.attention.q_norm.weight"),
-                k_norm=self.small.get(f"{base}.attention.k_norm.weight"),
+            self.fused.add_layer(
+                attention_norm=norm(f"{base}.attention_norm"),
+                mlp_norm=norm(f"{base}.mlp_norm"),
+                qkv=matrices[f"{base}.attention.qkv_proj"],
+                out=matrices[f"{base}.attention.out_proj"],
+                up=matrices[f"{base}.mlp.{'gate_up_proj' if config.gated_mlp else 'up_proj'}"],
+                down=matrices[f"{base}.mlp.down_proj"],
+                q_norm=vectors.get(f"{base}.attention.q_norm.weight"),
+                k_norm=vectors.get(f"{base}.attention.k_norm.weight"),
                 window=config.window(i),
             )
-        head = self.matrix("embed_tokens" if config.tied_embeddings else "lm_head")
-        fused.set_ends(
-            final_norm=self.norm("final_norm"),
-            head=head,
-            embedding=self.embedding,
-            positions=self.small.get("embed_positions.weight"),
-            frequencies=frequencies,
+        self.fused.set_ends(
+            final_norm=norm("final_norm"),
+            head=matrices["embed_tokens" if config.tied_embeddings else "lm_head"],
+            embedding=vectors.get("embed_tokens"),
+            positions=vectors.get("embed_positions.weight"),
+            frequencies=vectors.get("frequencies"),
         )

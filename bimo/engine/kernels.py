@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from importlib import import_module
 from types import ModuleType
-
-import torch
+from typing import TYPE_CHECKING
 
 from bimo.runtime import kernels_wanted
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["INTERFACE", "attention_kernels", "load_kernels"]
 
-INTERFACE = 4  # raised with every change of what the package's functions take or give
+INTERFACE = 5  # raised with every change of what the package's functions take or give
 log = logging.getLogger(__name__)
 
 
@@ -39,8 +42,8 @@ def load_kernels() -> ModuleType | None:
 
 
 def attention_kernels(dtype: torch.dtype, device: torch.device, head_dim: int) -> ModuleType | None:
-    """The kernels, if decode attention of this kind is among them."""
-    kernels = load_kernels()
-    if kernels is None or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+    """The loops for models on torch, if decode attention of this kind is among them."""
+    if load_kernels() is None or device.type != "cpu" or str(dtype) not in ("torch.float32", "torch.bfloat16"):
         return None
-    return kernels if head_dim in kernels.HEAD_DIMS else None
+    tensors = import_module("bimo_kernels.tensors")
+    return tensors if head_dim in tensors.HEAD_DIMS else None

@@ -8,6 +8,7 @@ longer be trained or saved; tied embeddings are held twice.
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -91,7 +92,9 @@ def pack_linear_layers(model: Decoder) -> None:
     weight = model.embed_tokens.weight
     if not can_pack(weight.dtype, weight.device):
         return
-    kernels = load_kernels() if weight.dtype == torch.bfloat16 else None
+    kernels: ModuleType | None = None
+    if weight.dtype == torch.bfloat16 and load_kernels() is not None:
+        kernels = import_module("bimo_kernels.tensors")
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, MLP):

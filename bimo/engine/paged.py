@@ -12,7 +12,6 @@ Pools are (K, num_blocks * block_size, E) per layer: head-major, so that gatheri
 from __future__ import annotations
 
 import math
-import mmap
 from dataclasses import dataclass
 
 import torch
@@ -23,28 +22,22 @@ from bimo.engine.kernels import attention_kernels
 from bimo.engine.scheduler import Scheduled
 from bimo.models.attention import causal_mask
 from bimo.models.config import DecoderConfig
+from bimo.runtime import lazy_memory
 
-__all__ = ["PagedCache", "StepAttention", "lazy_zeros"]
+__all__ = ["PagedCache", "StepAttention"]
 
 
 class PagedCache:
     """The memory: one key pool and one value pool a layer. Pages are zeroed lazily by the system, so a large pool
-    costs memory only as it fills. `bytes_per_token` = 2 * layers * K * E * element size."""
+    costs memory only as it fills."""
 
     def __init__(
         self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
+        self.dtype, self.device = str(dtype).removeprefix("torch."), str(device)
         shape = (config.num_layers, config.num_kv_heads, num_blocks * block_size, config.head_dim)
-        self.keys = lazy_zeros(shape, dtype).to(device)
-        self.values = lazy_zeros(shape, dtype).to(device)
-        self.pools: tuple[Tensor, ...] = (self.keys, self.values)  # (layers, K, slots, ...) each
-
-    @staticmethod
-    def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
-        """Memory of one token's keys and values over all layers; in int8 with a float32 scale a head."""
-        of_a_head = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
-        return 2 * config.num_layers * config.num_kv_heads * of_a_head
+        self.keys, self.values = (_lazy_zeros(shape, dtype).to(device) for _ in range(2))
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination) each; for forked sequences."""
@@ -54,19 +47,12 @@ class PagedCache:
         offsets = torch.arange(size)
         source = (torch.tensor([s for s, _ in copies])[:, None] * size + offsets).flatten()
         target = (torch.tensor([d for _, d in copies])[:, None] * size + offsets).flatten()
-        for pool in self.pools:
+        for pool in (self.keys, self.values):
             pool[:, :, target] = pool[:, :, source]
 
 
-def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages exist once written. torch.zeros would touch them all, and with huge pages (which NumPy asks
-    for) the first token would too: it writes to every layer and head, each 2 MB apart."""
-    # private: a forked process must not write into its parent's
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(lazy_memory(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 @dataclass(slots=True)

@@ -11,16 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from bimo.engine.request import FinishReason, SamplingParams
-from bimo.engine.sampling import process_logits
+from bimo.engine.sampling import best_ids, log_softmax, process_logits
 from bimo.engine.sequence import Sequence
 
 __all__ = ["BeamSearch", "Child", "ContrastiveSearch", "Hypothesis", "Search"]
 
+Array = NDArray[np.float32]
 Ending = Callable[[Sequence, int], FinishReason | None]  # would this token, appended now, end the sequence?
 
 
@@ -46,7 +46,7 @@ class Search(Protocol):
     @property
     def finished(self) -> list[Hypothesis]: ...
 
-    def advance(self, members: list[Sequence], logits: Tensor, hidden: Tensor) -> list[Child]:
+    def advance(self, members: list[Sequence], logits: Array, hidden: Array) -> list[Child]:
         """members (m), their raw logits (m, V) and last hidden states (m, D) -> the next members, or [] at the end."""
 
 
@@ -79,8 +79,8 @@ class BeamSearch:
         found = sorted((h for g in self.groups for h in g.finished), key=lambda h: h.score, reverse=True)
         return found[: self.sampling.n]
 
-    def advance(self, members: list[Sequence], logits: Tensor, hidden: Tensor) -> list[Child]:
-        log_probs = process_logits(logits.log_softmax(dim=-1), members)
+    def advance(self, members: list[Sequence], logits: Array, hidden: Array) -> list[Child]:
+        log_probs = process_logits(log_softmax(logits), members)
         length = members[0].num_output + 1
         children: list[Child] = []
         logprobs: list[list[float]] = []
@@ -104,20 +104,17 @@ class BeamSearch:
         return children
 
     def _candidates(
-        self, group: _Group, places: list[int], log_probs: Tensor, chosen: Counter[int]
+        self, group: _Group, places: list[int], log_probs: Array, chosen: Counter[int]
     ) -> list[tuple[float, int, int, float]]:
         """The best (score, parent, token, log-probability) over the group's beams, best first."""
-        rows = log_probs[torch.tensor(places, device=log_probs.device)]
+        rows = log_probs[places]
         if chosen and self.sampling.diversity_penalty:
-            index = torch.tensor(list(chosen), device=rows.device)
-            counts = torch.tensor(list(chosen.values()), dtype=rows.dtype, device=rows.device)
-            rows[:, index] -= self.sampling.diversity_penalty * counts
-        scores = rows + torch.tensor(group.scores, device=rows.device)[:, None]
-        best, flat = scores.flatten().topk(min(self.num_candidates, scores.numel()))
+            rows[:, list(chosen)] -= self.sampling.diversity_penalty * np.array(list(chosen.values()), rows.dtype)
+        scores = (rows + np.array(group.scores, rows.dtype)[:, None]).reshape(-1)
         picks = []
-        for score, place in zip(best.tolist(), flat.tolist(), strict=True):
-            row, token = divmod(place, rows.shape[1])
-            if score > -torch.inf:
+        for place in best_ids(scores, self.num_candidates).tolist():
+            score, (row, token) = float(scores[place]), divmod(place, rows.shape[1])
+            if score > -np.inf:
                 picks.append((score, places[row], token, float(log_probs[places[row], token])))
         return picks
 
@@ -160,7 +157,7 @@ class ContrastiveSearch:
     def __init__(self, sampling: SamplingParams, ending: Ending) -> None:
         self.sampling, self.ending = sampling, ending
         self._found: list[Hypothesis] = []
-        self.probabilities: Tensor | None = None  # of the candidates being computed
+        self.probabilities: Array | None = None  # of the candidates being computed
         self.logprobs: list[float] = []
 
     @property
@@ -168,22 +165,22 @@ class ContrastiveSearch:
         """The one answer, once there is one."""
         return self._found
 
-    def advance(self, members: list[Sequence], logits: Tensor, hidden: Tensor) -> list[Child]:
+    def advance(self, members: list[Sequence], logits: Array, hidden: Array) -> list[Child]:
         best = 0
         if self.probabilities is not None:
             best = self._choose(members, hidden)
-            self.logprobs.append(float(self.probabilities[best].log()))
+            self.logprobs.append(float(np.log(self.probabilities[best])))
             if self._ended(members[best]):
                 return []
         row = process_logits(logits[best : best + 1], [members[best]])[0]
-        self.probabilities, tokens = row.softmax(dim=-1).topk(min(self.sampling.top_k, len(row)))
+        tokens = best_ids(row, self.sampling.top_k)
+        self.probabilities = np.exp(log_softmax(row[None])[0, tokens])
         return [Child(best, token) for token in tokens.tolist()]
 
-    def _choose(self, members: list[Sequence], hidden: Tensor) -> int:
+    def _choose(self, members: list[Sequence], hidden: Array) -> int:
         assert self.probabilities is not None
-        context = members[0].hidden[:-1].float()  # the same for all candidates: they differ in the last token only
-        similarity = F.normalize(hidden.float(), dim=-1) @ F.normalize(context, dim=-1).T  # (k, context)
-        penalty = similarity.amax(dim=-1)
+        context = members[0].hidden[:-1]  # the same for all candidates: they differ in the last token only
+        penalty = (_directions(hidden) @ _directions(context).T).max(axis=-1)  # over (k, context)
         alpha = self.sampling.penalty_alpha
         return int(((1 - alpha) * self.probabilities - alpha * penalty).argmax())
 
@@ -195,3 +192,8 @@ class ContrastiveSearch:
         if reason is not None:
             self._found = [Hypothesis(sum(self.logprobs), sequence.output_ids, self.logprobs, reason)]
         return reason is not None
+
+
+def _directions(vectors: Array) -> Array:
+    """(N, D) -> (N, D) of length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from bimo.engine.request import TokenLogprob
 from bimo.engine.runner import StepResult
@@ -48,7 +49,7 @@ def turns_of(result: StepResult) -> list[Turn]:
     return [Turn(sequence, first_rows[sequence], drafts) for sequence, drafts in drafted if sequence.gang is None]
 
 
-def choose(turns: list[Turn], logits: Tensor, best: list[int] | None = None) -> None:
+def choose(turns: list[Turn], logits: NDArray[np.float32], best: list[int] | None = None) -> None:
     """Set each turn's `chosen`: the tokens of as many rows as can be processed now, up to the first that is not the
     draft the next row stands on. logits: (R, V) of the whole step, not yet processed; best: each row's likeliest word,
     where it is known."""

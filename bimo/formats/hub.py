@@ -13,6 +13,7 @@ The cache ($BIMO_HOME, see `runtime.cache_home`):
     downloads/<name>/    the .gguf a model was made from, so that it can be made again without a network
     fetching/<name>/     what has arrived of a file that is not whole: the next try goes on from there
     locks/<name>.lock    one process fetches, the others wait
+    packed/<name>/       its weights as the kernels read them (backends.packed), to start from without waiting
     partial/<name>/      work in hand; renamed when it is whole, swept up by whoever holds the lock next
 
 Every final name appears by one rename, so a process killed at any moment leaves nothing that is taken for a model.
@@ -350,7 +351,7 @@ def list_models() -> list[ModelInfo]:
                 name=entry.name,
                 reference=entry.reference,
                 cached=path is not None,
-                bytes=_disk_bytes(path, home / "downloads" / entry.name) if path else 0,
+                bytes=_disk_bytes(path, home / "downloads" / entry.name, home / "packed" / entry.name) if path else 0,
                 path=str(path) if path else None,
                 num_parameters=SIZES[entry.size].num_parameters,
                 summary=entry.summary,
@@ -360,7 +361,7 @@ def list_models() -> list[ModelInfo]:
         )
     for name, path in folders.items():
         reference = str((read_record(path) or {}).get("reference", path))
-        size = _disk_bytes(path, home / "downloads" / name)
+        size = _disk_bytes(path, home / "downloads" / name, home / "packed" / name)
         models.append(ModelInfo(name=name, reference=reference, cached=True, bytes=size, path=str(path)))
     for reference, path in hub.items():
         models.append(
@@ -387,7 +388,7 @@ def remove_model(name: str) -> int:
     home = cache_home()
     entry = next((entry for entry in CATALOG.values() if name in (entry.name, entry.reference)), None)
     name = entry.name if entry else name
-    places = [home / part / name for part in ("models", "downloads", "fetching", "partial")]
+    places = [home / part / name for part in ("models", "downloads", "fetching", "packed", "partial")]
     inside = Path(name).name == name and name not in ("", ".", "..")
     if not inside or not any(place.is_dir() for place in places):
         cached = [folder.name for folder in _cached_folders()]

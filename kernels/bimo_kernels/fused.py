@@ -1,4 +1,5 @@
 """A whole decoder step as one call on quantised weights: packing their codes, and `FusedModel`, which owns the memory.
+Arrays are NumPy's; bfloat16 numbers are handed over as the uint16 of their bits.
 
 The layouts are those of src/model.h: panels of 16 output rows, so that 16 results come side by side out of one pass.
 Sizes and indices are checked in C++ (src/fused.cpp), where they are used.
@@ -6,13 +7,13 @@ Sizes and indices are checked in C++ (src/fused.cpp), where they are used.
 
 from __future__ import annotations
 
+import math
 import mmap
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from bimo_kernels import _kernels
 
@@ -35,6 +36,8 @@ FORMATS = {"block8": 0, "block4": 1}
 _KEPT_ROWS = 64
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
+Array = NDArray[Any]
+
 
 def instruction_sets() -> list[str]:
     """What this processor can run, fastest first: of "avx512bf16", "avx512", "avx2", "portable"."""
@@ -48,28 +51,27 @@ class PackedMatrix:
     format: str
     rows: int
     columns: int
-    codes: Tensor  # uint8
-    scales: Tensor
-    bias: Tensor | None = None  # float32, rows padded to a whole panel
+    codes: Array  # uint8
+    scales: Array  # float16
+    bias: Array | None = None  # float32, rows padded to a whole panel
 
     @property
     def nbytes(self) -> int:
         """Bytes read for one product."""
         return self.codes.nbytes + self.scales.nbytes
 
-    def with_bias(self, bias: Tensor | None) -> PackedMatrix:
+    def with_bias(self, bias: Array | None) -> PackedMatrix:
         """The same with a bias (rows,), or None, added to each result."""
-        return replace(self, bias=None if bias is None else F.pad(bias.float(), (0, -self.rows % LANES)).contiguous())
+        return replace(self, bias=None if bias is None else np.pad(bias.astype(np.float32), (0, -self.rows % LANES)))
 
     def fields(self) -> tuple[Any, ...]:
-        bias = 0 if self.bias is None else self.bias.data_ptr()
         return (
-            FORMATS[self.format], self.rows, self.columns, self.codes.data_ptr(), self.codes.nbytes,
-            self.scales.data_ptr(), self.scales.nbytes, bias,
+            FORMATS[self.format], self.rows, self.columns, self.codes.ctypes.data, self.codes.nbytes,
+            self.scales.ctypes.data, self.scales.nbytes, 0 if self.bias is None else self.bias.ctypes.data,
         )  # fmt: skip
 
 
-def pack(format: str, codes: Tensor, scales: Tensor, minima: Tensor | None, arena: Arena | None = None) -> PackedMatrix:
+def pack(format: str, codes: Array, scales: Array, minima: Array | None, arena: Arena | None = None) -> PackedMatrix:
     """Lay a quantised weight out in panels.
 
     Args:
@@ -80,25 +82,26 @@ def pack(format: str, codes: Tensor, scales: Tensor, minima: Tensor | None, aren
     """
     copy_of = (arena or Arena()).copy_of
     rows, columns = codes.shape
-    codes = F.pad(codes, (0, -columns % GROUP, 0, -rows % LANES))
+    codes = np.pad(codes, ((0, -rows % LANES), (0, -columns % GROUP)))
     panels, groups = codes.shape[0] // LANES, codes.shape[1] // GROUP
-    assert scales.dtype == torch.float16 and scales.shape == (rows, groups)
+    assert scales.dtype == np.float16 and scales.shape == (rows, groups)
+    fours = codes.view(np.uint32)  # four columns at a time
     if format == "block4":
-        assert minima is not None and minima.dtype == torch.float16 and minima.shape == scales.shape
-        halves = codes.view(panels, LANES, groups, 2, 4, 4)  # row, group, half, part, column
-        low, high = (halves[:, :, :, i].permute(0, 2, 3, 1, 4) for i in (0, 1))
+        assert minima is not None and minima.dtype == np.float16 and minima.shape == scales.shape
+        halves = fours.reshape(panels, LANES, groups, 2, 4)  # row, group, half, part
+        low, high = (halves[:, :, :, i].transpose(0, 2, 3, 1) for i in (0, 1))
         packed = copy_of(low | high << 4)
-        scales = torch.stack((_by_panel(scales, panels, groups), _by_panel(minima, panels, groups)), dim=2)
+        scales = np.stack((_by_panel(scales, panels), _by_panel(minima, panels)), axis=2)
     else:
-        packed = copy_of(codes.view(panels, LANES, -1, 4).permute(0, 2, 1, 3))
-        scales = _by_panel(scales, panels, groups)
-    return PackedMatrix(format, rows, columns, packed, copy_of(scales))
+        packed = copy_of(fours.reshape(panels, LANES, -1).transpose(0, 2, 1))
+        scales = _by_panel(scales, panels)
+    return PackedMatrix(format, rows, columns, packed.reshape(-1).view(np.uint8), copy_of(scales))
 
 
-def _by_panel(values: Tensor, panels: int, groups: int) -> Tensor:
+def _by_panel(values: Array, panels: int) -> Array:
     """(rows, groups) -> (panels, groups, 16)."""
-    values = F.pad(values, (0, groups - values.shape[1], 0, panels * LANES - values.shape[0]))
-    return values.view(panels, LANES, groups).transpose(1, 2)
+    values = np.pad(values, ((0, panels * LANES - values.shape[0]), (0, 0)))
+    return values.reshape(panels, LANES, -1).transpose(0, 2, 1)
 
 
 class Arena:
@@ -109,14 +112,21 @@ class Arena:
         self._memory: mmap.mmap | None = None
         self._used = 0
 
-    def copy_of(self, values: Tensor) -> Tensor:
-        """A contiguous copy that starts at a multiple of 4,096 bytes."""
-        size = max(values.nbytes, 1)
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """A contiguous array, at first of zeros, that starts at a multiple of 4,096 bytes."""
+        count = math.prod(shape)
+        size = max(count * dtype.itemsize, 1)
         if self._memory is None or self._used + size > len(self._memory):
             self._memory, self._used = _new_memory(max(size, 1 << 25)), 0
-        copy = torch.frombuffer(self._memory, dtype=values.dtype, count=values.numel(), offset=self._used)
+        array = np.frombuffer(self._memory, dtype, count, self._used)
         self._used += -(-size // 4096) * 4096
-        return copy.view(values.shape).copy_(values)
+        return array.reshape(shape)
+
+    def copy_of(self, values: Array) -> Array:
+        """A contiguous copy."""
+        copy = self.empty(values.shape, values.dtype)
+        np.copyto(copy, values)
+        return copy
 
 
 def _new_memory(size: int) -> mmap.mmap:
@@ -157,7 +167,7 @@ class FusedModel:
         self._fused = _kernels.Fused(instruction_set, sizes)
         self._kept: list[Any] = []
         self.hidden, self.vocabulary = hidden, vocabulary
-        self._logits = torch.empty(0, vocabulary)
+        self._logits = np.empty((0, vocabulary), np.float32)
         self.weight_bytes = 0  # read by a step of one token
 
     @property
@@ -168,14 +178,14 @@ class FusedModel:
     def add_layer(
         self,
         *,
-        attention_norm: tuple[Tensor, Tensor | None],
-        mlp_norm: tuple[Tensor, Tensor | None],
+        attention_norm: tuple[Array, Array | None],
+        mlp_norm: tuple[Array, Array | None],
         qkv: PackedMatrix,
         out: PackedMatrix,
         up: PackedMatrix,
         down: PackedMatrix,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
+        q_norm: Array | None = None,
+        k_norm: Array | None = None,
         window: int | None = None,
     ) -> None:
         """Append a layer. `up` of a gated MLP: 16 rows of the gate, 16 of up, and so on (see `interleave`)."""
@@ -189,86 +199,86 @@ class FusedModel:
     def set_ends(
         self,
         *,
-        final_norm: tuple[Tensor, Tensor | None],
+        final_norm: tuple[Array, Array | None],
         head: PackedMatrix,
-        embedding: Tensor | None,
-        positions: Tensor | None,
-        frequencies: Tensor | None,
+        embedding: Array | None,
+        positions: Array | None,
+        frequencies: Array | None,
     ) -> None:
         """The embeddings (None: the head's own rows), positions learned or rotary, final norm and head."""
         if embedding is not None:
-            assert embedding.dtype == torch.bfloat16 and embedding.shape == (self.vocabulary, self.hidden)
-            embedding = embedding.contiguous()
+            assert embedding.dtype == np.uint16 and embedding.shape == (self.vocabulary, self.hidden)
+            embedding = np.ascontiguousarray(embedding)
             self._kept.append(embedding)
         self._keep(head)
         count = 0 if positions is None else len(positions)
         self._fused.set_ends(
-            self._norm(*final_norm), head.fields(), 0 if embedding is None else embedding.data_ptr(),
+            self._norm(*final_norm), head.fields(), 0 if embedding is None else embedding.ctypes.data,
             self._floats(positions), count, self._floats(frequencies),
         )  # fmt: skip
 
-    def set_cache(self, keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None, num_blocks: int) -> None:
-        """Pools of (layers, K, num_blocks * 16, E) bfloat16; or int8, with scales (layers, K, num_blocks * 16)."""
-        assert keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape
+    def set_cache(self, keys: Array, values: Array, scales: tuple[Array, Array] | None, num_blocks: int) -> None:
+        """Pools of (layers, K, num_blocks * 16, E) uint16 (bfloat16); or int8, with scales (layers, K, num_blocks * 16)
+        float32."""
+        assert keys.flags.c_contiguous and values.flags.c_contiguous and keys.shape == values.shape
+        assert keys.dtype == values.dtype == (np.uint16 if scales is None else np.int8)
         assert keys.shape[2] == num_blocks * LANES
         self._cache = (keys, values, scales)
-        key_scales, value_scales = scales or (None, None)
+        key_scales, value_scales = (0, 0) if scales is None else (pool.ctypes.data for pool in scales)
         self._fused.set_cache(
-            scales is not None, keys.data_ptr(), values.data_ptr(), 0 if key_scales is None else key_scales.data_ptr(),
-            0 if value_scales is None else value_scales.data_ptr(), num_blocks,
-        )  # fmt: skip
+            scales is not None, keys.ctypes.data, values.ctypes.data, key_scales, value_scales, num_blocks
+        )
 
     def step(
         self, token_ids: list[int], spans: list[tuple[int, int, list[int]]], scored: list[int]
-    ) -> tuple[Tensor, Tensor, list[int]]:
+    ) -> tuple[Array, Array, list[int]]:
         """Hidden states after the final norm, (T, D) float32, of sequences' tokens one after the other; of the rows
         `scored` the logits (N, V) float32, in memory that the next step uses again, and the likeliest words.
 
         spans: (position of the first token, number of tokens, cache blocks) of each sequence.
         """
-        hidden = torch.empty(len(token_ids), self.hidden)
+        hidden = np.empty((len(token_ids), self.hidden), np.float32)
         logits = self._rows_for(len(scored))
-        best = self._fused.forward(token_ids, spans, hidden.data_ptr(), scored, logits.data_ptr())
+        best = self._fused.forward(token_ids, spans, hidden.ctypes.data, scored, logits.ctypes.data)
         return hidden, logits, best
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Array) -> Array:
         """(N, D) -> (N, V) float32."""
-        assert hidden.dtype == torch.float32 and hidden.shape[1] == self.hidden
-        hidden, out = hidden.contiguous(), torch.empty(len(hidden), self.vocabulary)
+        assert hidden.dtype == np.float32 and hidden.shape[1] == self.hidden
+        hidden, out = np.ascontiguousarray(hidden), np.empty((len(hidden), self.vocabulary), np.float32)
         if len(hidden):
-            self._fused.logits(hidden.data_ptr(), len(hidden), out.data_ptr())
+            self._fused.logits(hidden.ctypes.data, len(hidden), out.ctypes.data)
         return out
 
-    def _rows_for(self, count: int) -> Tensor:
+    def _rows_for(self, count: int) -> Array:
         """Memory for a step's logits (count, V), kept up to 64 rows: fresh memory for 16 rows of 49,152 words is 800
         pages to map and unmap, half a millisecond a step."""
         if count > _KEPT_ROWS:
-            return torch.empty(count, self.vocabulary)
+            return np.empty((count, self.vocabulary), np.float32)
         if count > len(self._logits):
-            self._logits = torch.empty(count, self.vocabulary)
+            self._logits = np.empty((count, self.vocabulary), np.float32)
         return self._logits[:count]
 
     def _keep(self, matrix: PackedMatrix) -> None:
         self._kept.append(matrix)
         self.weight_bytes += matrix.nbytes
 
-    def _floats(self, values: Tensor | None) -> int:
+    def _floats(self, values: Array | None) -> int:
         if values is None:
             return 0
-        values = values.detach().float().contiguous()
+        values = np.ascontiguousarray(values, np.float32)
         self._kept.append(values)
-        return values.data_ptr()
+        return values.ctypes.data
 
-    def _norm(self, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    def _norm(self, weight: Array, bias: Array | None) -> tuple[int, int]:
         return self._floats(weight), self._floats(bias)
 
 
-def product(matrix: PackedMatrix, x: Tensor, instruction_set: str = "") -> Tensor:
+def product(matrix: PackedMatrix, x: Array, instruction_set: str = "") -> Array:
     """x Wᵀ + b: (N, columns) float32 -> (N, rows), by the named copy of the loops."""
-    assert x.dtype == torch.float32 and x.shape[1] == matrix.columns
-    x = x.contiguous()
-    y = torch.empty(len(x), matrix.rows)
-    _kernels.product(instruction_set, matrix.fields(), x.data_ptr(), len(x), y.data_ptr())
+    assert x.dtype == np.float32 and x.shape[1] == matrix.columns
+    x, y = np.ascontiguousarray(x), np.empty((len(x), matrix.rows), np.float32)
+    _kernels.product(instruction_set, matrix.fields(), x.ctypes.data, len(x), y.ctypes.data)
     return y
 
 
@@ -281,10 +291,11 @@ def gemv_rate(num_bytes: int, seconds: float = 0.5) -> float:
     """Bytes a second at which this machine reads `num_bytes` of weights for the plainest int8 product: the limit."""
     import time
 
-    codes = Arena().copy_of(torch.ones(num_bytes // 256 * 256, dtype=torch.uint8))
+    codes = Arena().empty((num_bytes // 256 * 256,), np.dtype(np.uint8))
+    codes.fill(1)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
         begun = time.perf_counter()
-        _kernels.read_codes(codes.data_ptr(), codes.nbytes)
+        _kernels.read_codes(codes.ctypes.data, codes.nbytes)
         best = min(best, time.perf_counter() - begun)
     return codes.nbytes / best

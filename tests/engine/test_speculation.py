@@ -10,6 +10,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +22,7 @@ from bimo.engine.constrain import choice, json_schema, regex
 from bimo.engine.drafting import DraftModelProposer, check_vocabularies
 from bimo.engine.engine import Engine, EngineConfig
 from bimo.engine.fused import FusedDecoder, can_fuse
+from bimo.engine.fusing import fuse_weights
 from bimo.engine.request import Request, SamplingParams
 from bimo.engine.runner import ModelRunner
 from bimo.engine.sampling import distribution, process_logits
@@ -226,7 +228,9 @@ def test_kernels_give_the_same_answer(tiny_model_dir, tiny_tokenizer) -> None:
     if reason := can_fuse(config):
         pytest.skip(reason)
     runner = ModelRunner(
-        FusedDecoder(config, load_weights(tiny_model_dir, config), "int8"), num_blocks=40, block_size=16
+        FusedDecoder(config, fuse_weights(config, load_weights(tiny_model_dir, config), "int8")),
+        num_blocks=40,
+        block_size=16,
     )
     for sampling in (0, 1, 3):
         for text in range(len(TEXTS)):
@@ -382,12 +386,12 @@ def sequence_with(rng: random.Random, **sampling) -> Sequence:
     return Sequence(request=request, index=0, arrival=0, token_ids=[1, 2, 3], num_prompt=2, max_tokens=100, rng=rng)
 
 
-def target(row: torch.Tensor, sequence: Sequence) -> list[float]:
+def target(row: np.ndarray, sequence: Sequence) -> list[float]:
     """The distribution a row is sampled from, over the whole vocabulary."""
-    probabilities, tokens = distribution(process_logits(row[None], [sequence]), [sequence.sampling])
-    if tokens is not None:
-        probabilities = torch.zeros_like(row)[None].scatter(1, tokens, probabilities)
-    return (probabilities[0] / probabilities.sum()).tolist()
+    weights, ids = distribution(process_logits(row[None], [sequence])[0], sequence.sampling)
+    spread = np.zeros(len(row))
+    spread[slice(None) if ids is None else ids] = weights
+    return (spread / spread.sum()).tolist()
 
 
 @pytest.mark.parametrize(
@@ -407,7 +411,7 @@ def target(row: torch.Tensor, sequence: Sequence) -> list[float]:
 def test_accepted_and_refused_drafts_follow_the_target_distribution(sampling, rank) -> None:
     """Vocabulary of 8, two drafts: the joint distribution of the first two tokens is p(t1) p(t2 | t1) wherever both
     are known, t1 alone follows p whatever was drafted, and t2's distribution sees t1 in its penalties."""
-    logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(5)) * 1.2
+    logits = (torch.randn(3, 8, generator=torch.Generator().manual_seed(5)) * 1.2).numpy()
     first = target(logits[0], sequence_with(random.Random(0), **sampling))
     draft = sorted(range(8), key=lambda token: -first[token])[rank]
     rng, total = random.Random(11), 6000
@@ -420,7 +424,7 @@ def test_accepted_and_refused_drafts_follow_the_target_distribution(sampling, ra
             turns.append(Turn(sequence, 3 * number, (draft, 6)))
         open_turns = turns
         while open_turns:
-            choose(open_turns, logits.repeat(500, 1))
+            choose(open_turns, np.tile(logits, (500, 1)))
             for turn in open_turns:
                 for token in turn.chosen:
                     turn.sequence.append(token)
@@ -693,7 +697,7 @@ def test_draft_model_says_what_it_would_say_alone(with_proposer, kind) -> None:
     continuation of the true text."""
     engine = with_proposer(kind, num_blocks=40, max_batch=8)
     proposer, checked = engine.speculation.proposer, Counter()
-    propose, model = proposer.propose, proposer.runner.model
+    propose, model = proposer.propose, proposer.runner.model.model
 
     def checking(wishes, room, reserve):
         drafts = propose(wishes, room, reserve)
