@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bimo.engine.request import SamplingParams, TokenLogprob
 from bimo.engine.sequence import Sequence
+from bimo.errors import EngineError
 
 __all__ = [
     "best_ids",
@@ -31,6 +32,7 @@ Array = NDArray[Any]
 # (256, 8): what each byte of a constraint's mask adds to the scores of its eight tokens
 _BYTE_SCORES = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 0, -np.inf).astype(np.float32)
 _BLOCK = 128  # scores looked at together
+_ONE = np.float32(1).view(np.int32)
 
 
 def process_logits(logits: Array, sequences: list[Sequence]) -> Array:
@@ -120,40 +122,52 @@ def _place(cumulative: Array, target: float) -> tuple[int, float]:
 
 def distribution(row: Array, p: SamplingParams) -> tuple[Array, Array | None]:
     """Unnormalised probabilities (C,) after temperature, top_k, top_p, min_p and typical_p, in this order, and the
-    token ids they belong to, most likely first; or None for ids when C = V in vocabulary order.
+    token ids they belong to; or None for ids when C = V in vocabulary order.
 
     top_p: arXiv:1904.09751; min_p: arXiv:2407.01082; typical_p: arXiv:2202.00666.
     """
     ids = best_ids(row, p.top_k) if p.top_k and p.top_k < len(row) else None
     scores = row if ids is None else row[ids]
-    weights = np.exp((scores - scores.max()) / np.float32(p.temperature))  # the likeliest word's is 1
+    peak = scores.max()
+    if np.isnan(peak):
+        raise EngineError("the model's scores are not numbers: its weights are damaged, or need a wider number type")
+    weights = np.exp((scores - peak) / np.float32(p.temperature))  # the likeliest word's is 1
     if p.top_p < 1:
+        # Words below this bound have less than 1 - top_p together, so they are not needed; the half is for rounding.
         total = weights.sum(dtype=np.float64)
-        if ids is None:
-            # Words below this bound have less than 1 - top_p together, so the nucleus is among the others: a few
-            # hundred, which are sorted in no time. The half is for rounding.
-            ids = np.flatnonzero(~(weights < total * (1 - p.top_p) / (2 * len(row))))
-            ids = ids[np.argsort(-row[ids], kind="stable")]
-            weights = weights[ids]
-        before = (weights.cumsum(dtype=np.float64) - weights) / total
-        count = max(int(np.searchsorted(before, p.top_p)), 1)
-        weights, ids = weights[:count], ids[:count]
+        places = np.flatnonzero(weights >= total * (1 - p.top_p) / (2 * len(weights)))
+        weights = weights[places]
+        kept = _fewest(_ONE - weights.view(np.int32), weights, p.top_p * total)
+        weights, places = weights[kept], places[kept]
+        ids = places if ids is None else ids[places]
     if p.min_p:
         weights = np.where(weights < p.min_p * weights.max(), 0, weights)
     if p.typical_p < 1:
-        weights = np.where(_typical(weights / weights.sum(dtype=np.float64), p.typical_p), weights, 0)
+        probabilities = weights / weights.sum(dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            surprise = -np.log(probabilities)
+            distance = np.abs(surprise - np.nansum(probabilities * surprise)).astype(np.float32)
+        kept = _fewest(distance.view(np.int32), weights, p.typical_p * weights.sum(dtype=np.float64))
+        weights, ids = weights[kept], kept if ids is None else ids[kept]
     return weights, ids
 
 
-def _typical(probabilities: Array, mass: float) -> Array:
-    """Tokens whose surprise is nearest to the entropy, until `mass` is reached; boolean like probabilities."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        surprise = -np.log(probabilities)
-        distance = np.abs(surprise - np.nansum(probabilities * surprise))
-    order = np.argsort(distance, kind="stable")
-    cumulative = probabilities[order].cumsum(dtype=np.float64)
-    last = min(int(np.searchsorted(cumulative, mass)), len(order) - 1)
-    return distance <= distance[order[last]]
+def _fewest(keys: Array, weights: Array, wanted: float) -> Array:
+    """Places of the fewest words, taken by rising key (of equals the first), that weigh `wanted` together.
+
+    keys: int32, not negative. As such the bits of positive numbers are in the numbers' order, and their first 15 bits
+    count them in classes of 1 % width. Nothing is sorted but the last class: a flat distribution has tens of thousands
+    of candidates, and sorting them takes milliseconds.
+    """
+    classes = keys >> 17
+    mass = np.bincount(classes, weights)
+    sums = mass.cumsum()
+    last = min(int(np.searchsorted(sums, wanted)), len(mass) - 1)
+    edge = np.flatnonzero(classes == last)
+    edge = edge[np.argsort(keys[edge], kind="stable")]
+    before = sums[last] - mass[last] + weights[edge].cumsum(dtype=np.float64) - weights[edge]
+    count = max(int(np.searchsorted(before, wanted)), 1)
+    return np.concatenate((np.flatnonzero(classes < last), edge[:count]))
 
 
 def best_ids(row: Array, count: int) -> Array:
@@ -169,7 +183,7 @@ def best_ids(row: Array, count: int) -> Array:
         bound = np.partition(peaks, blocks - count)[blocks - count]
     else:
         bound = np.partition(row, len(row) - count)[len(row) - count]
-    ids = np.flatnonzero(~(row < bound))  # a model gone wrong gives NaN: there is an answer all the same
+    ids = np.flatnonzero(~(row < bound))  # with NaN, if there is any
     if len(ids) > 4 * count and bound == -np.inf:  # most is forbidden: keep what is not, and fill up
         allowed = np.flatnonzero(row > bound)
         ids = np.concatenate((allowed, np.setdiff1d(ids, allowed)[: max(count - len(allowed), 0)]))
