@@ -48,9 +48,7 @@ from bimo.runtime import cache_home
 
 __all__ = ["CONVERSION", "ModelInfo", "Progress", "gguf_source", "list_models", "remove_model", "resolve"]
 
-CONVERSION = (
-    1  # raised when formats.gguf writes something else for the same file; older conversions are then made again
-)
+CONVERSION = 2  # raised when formats.gguf writes something else for the same file: older ones are made again
 SCHEMES = ("hf", "modelscope", "pypi")
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 

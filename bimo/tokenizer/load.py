@@ -145,11 +145,8 @@ class Tokenizer:
         self._texts: list[str] = [""] * self.vocab_size
         for text, token_id in vocab.items():
             self._texts[token_id] = text
-        alphabet = byte_level_alphabet()
-        if self.decoding.kind == "other":
-            self._bytes = [backend.decode([i], skip_special_tokens=False).encode() for i in range(self.vocab_size)]
-        else:
-            self._bytes = [self.decoding.to_bytes(text, alphabet) for text in self._texts]
+        self._alphabet = byte_level_alphabet()
+        self._bytes: list[bytes | None] = [None] * self.vocab_size  # found when asked for: all take 50 ms
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
@@ -166,7 +163,7 @@ class Tokenizer:
                 f"{directory} has no tokenizer.json: a model directory needs one; fetch or convert the model again"
             )
         try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            backend = tokenizers.Tokenizer.from_file(str(file))  # unlike from_str, lets other threads run meanwhile
         except Exception as error:  # the Rust library raises bare Exception
             raise CorruptModelError(f"{file} is not a readable tokenizer ({error}): fetch the model again") from error
         config = _read_json(directory / "tokenizer_config.json")
@@ -210,7 +207,7 @@ class Tokenizer:
             known = [i for i in ids if 0 <= i < self.vocab_size]
             return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
         hidden = self.special_ids if skip_special_tokens else frozenset()
-        data = b"".join(self._bytes[i] for i in ids if 0 <= i < self.vocab_size and i not in hidden)
+        data = b"".join(self._bytes_of(i) for i in ids if 0 <= i < self.vocab_size and i not in hidden)
         text = data.decode("utf-8", "replace")
         for _ in range(self.decoding.strip):
             text = text.removeprefix(" ")
@@ -220,7 +217,17 @@ class Tokenizer:
         """Exact bytes of one token, b"" for a control token (unless asked for) or an id without a token."""
         if not 0 <= token_id < self.vocab_size or (skip_special_tokens and token_id in self.special_ids):
             return b""
-        return self._bytes[token_id]
+        return self._bytes_of(token_id)
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        found = self._bytes[token_id]
+        if found is None:
+            if self.decoding.kind == "other":
+                found = self.backend.decode([token_id], skip_special_tokens=False).encode()
+            else:
+                found = self.decoding.to_bytes(self._texts[token_id], self._alphabet)
+            self._bytes[token_id] = found
+        return found
 
     def token_text(self, token_id: int) -> str:
         """One token for people to read, control tokens too; half a character shows as U+FFFD."""
