@@ -21,8 +21,8 @@ __all__ = [
     "choose_tokens",
     "depends_on_output",
     "distribution",
+    "keeps_best",
     "log_softmax",
-    "needs_processing",
     "process_logits",
     "token_logprobs",
 ]
@@ -40,7 +40,7 @@ def process_logits(logits: Array, sequences: list[Sequence]) -> Array:
 
     Also applies to log-probabilities (beam search), as in transformers.
     """
-    touched = [i for i, s in enumerate(sequences) if needs_processing(s)]
+    touched = [i for i, s in enumerate(sequences) if _needs_processing(s)]
     if not touched:
         return logits
     logits = logits.copy()
@@ -49,17 +49,29 @@ def process_logits(logits: Array, sequences: list[Sequence]) -> Array:
     return logits
 
 
-def needs_processing(sequence: Sequence) -> bool:
+def _needs_processing(sequence: Sequence) -> bool:
     """Whether the model's scores are changed before a token is chosen from them."""
     return bool(sequence.sampling.logit_bias) or depends_on_output(sequence)
 
 
 def depends_on_output(sequence: Sequence) -> bool:
     """Whether what may come next, or its score, depends on the tokens so far by more than the model."""
+    return sequence.constraint is not None or _changes_scores(sequence)
+
+
+def keeps_best(sequence: Sequence, best: int) -> bool:
+    """Whether `best`, the likeliest word by the model's own scores, is what `choose_tokens` would choose. Nearly always
+    so for a constrained answer, too: the model writes what it is asked for, and the mask need not be applied."""
+    p, mask = sequence.sampling, sequence.allowed_mask
+    if not p.greedy or p.logit_bias or _changes_scores(sequence):
+        return False
+    return sequence.constraint is None or (best < 32 * len(mask) and bool(mask[best >> 5] >> (best & 31) & 1))
+
+
+def _changes_scores(sequence: Sequence) -> bool:
     p = sequence.sampling
     return bool(
-        sequence.constraint is not None
-        or p.repetition_penalty != 1
+        p.repetition_penalty != 1
         or p.presence_penalty
         or p.frequency_penalty
         or (sequence.num_output < p.min_tokens and (sequence.eos_token_ids or p.stop_token_ids))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bimo.engine.request import TokenLogprob
 from bimo.engine.runner import StepResult
-from bimo.engine.sampling import choose_tokens, depends_on_output, needs_processing, process_logits, token_logprobs
+from bimo.engine.sampling import choose_tokens, depends_on_output, keeps_best, process_logits, token_logprobs
 from bimo.engine.sequence import Sequence
 
 __all__ = ["Turn", "choose", "turns_of"]
@@ -61,10 +61,14 @@ def choose(turns: list[Turn], logits: NDArray[np.float32], best: list[int] | Non
     draws = None
     if len(owners) > len(turns):  # several rows of one sequence: not all will be used
         draws = [0.0 if owner.sampling.greedy else owner.draw() for owner in owners]
-    if best and all(owner.sampling.greedy and not needs_processing(owner) for owner in owners):
-        tokens = best
-    else:
-        tokens = choose_tokens(process_logits(logits, owners), owners, draws)
+    tokens = [-1] * len(owners) if best is None else list(best)
+    open_rows = [i for i, owner in enumerate(owners) if best is None or not keeps_best(owner, best[i])]
+    if open_rows:
+        part = [owners[i] for i in open_rows]
+        scores = process_logits(logits[open_rows] if len(part) < len(owners) else logits, part)
+        chosen = choose_tokens(scores, part, None if draws is None else [draws[i] for i in open_rows])
+        for i, token in zip(open_rows, chosen, strict=True):
+            tokens[i] = token
     first = 0
     scored: list[tuple[Turn, int]] = []  # with rows whose log-probabilities are wanted
     for turn, width in zip(turns, widths, strict=True):

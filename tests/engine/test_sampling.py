@@ -21,9 +21,16 @@ from transformers import (
 )
 
 from bimo.engine.request import Request, SamplingParams
-from bimo.engine.sampling import best_ids, choose_tokens, distribution, process_logits, token_logprobs
+from bimo.engine.sampling import (
+    best_ids,
+    choose_tokens,
+    distribution,
+    keeps_best,
+    process_logits,
+    token_logprobs,
+)
 from bimo.engine.sequence import Sequence
-from bimo.errors import UsageError
+from bimo.errors import EngineError, UsageError
 
 VOCAB = 3000  # more than the candidates that are sorted at first
 
@@ -210,6 +217,34 @@ def test_constraint_leaves_only_what_it_allows() -> None:
     sequence.allowed_mask = mask
     row = process_logits(make_logits(1), [sequence])[0]
     assert np.flatnonzero(row > -np.inf).tolist() == [3, 31, 32, 2800]
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"repetition_penalty": 1.3}, {"logit_bias": {5: 1.0}}, {"min_tokens": 3}], ids=str
+)
+def test_the_step_s_own_best_is_taken_only_where_it_would_be_chosen(sampling) -> None:
+    """With a constraint, too: its mask is applied to the scores only for a word that it forbids."""
+    taken = 0
+    for seed in range(40):
+        logits = make_logits(1, seed)
+        best = int(logits[0].argmax())
+        sequence = make_sequence(output=(5,), temperature=0, constraint=object(), **sampling)
+        mask = np.random.default_rng(seed).integers(-(2**31), 2**31, 2976 // 32, dtype=np.int32)
+        sequence.allowed_mask = mask
+        allowed = best < 2976 and bool(np.unpackbits(mask.view(np.uint8), bitorder="little")[best])
+        keeps = keeps_best(sequence, best)
+        taken += keeps
+        assert keeps == (allowed and not sampling)
+        assert not keeps or choose_tokens(process_logits(logits, [sequence]), [sequence]) == [best]
+    assert (taken > 10) == (not sampling)
+    assert keeps_best(make_sequence(temperature=0), 3) and not keeps_best(make_sequence(), 3)
+
+
+def test_scores_that_are_no_numbers_are_said() -> None:
+    logits = make_logits(1)
+    logits[0, 100] = np.nan
+    with pytest.raises(EngineError, match="not numbers"):
+        choose_tokens(logits, [make_sequence(top_p=0.9)])
 
 
 def test_logprobs_are_the_models_own() -> None:
