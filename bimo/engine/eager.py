@@ -48,10 +48,13 @@ class EagerDecoder:
 
     @torch.inference_mode()
     def run(self, plan: list[Scheduled], scored: list[int]) -> tuple[NDArray[Any], NDArray[Any], None]:
-        """Hidden states (T, D) float32 of a plan's tokens, one sequence after the other, and the logits (N, V) of the
-        rows `scored`. The likeliest words are not looked for."""
+        """Hidden states (T, D) float32 of a plan's tokens, one sequence after the other, or (T, 0) where no sequence
+        asks for them; and the logits (N, V) of the rows `scored`. The likeliest words are not looked for."""
         hidden, num_tokens = self._hidden(plan), sum(work.count for work in plan)
-        return _array(hidden[:num_tokens]), _array(self._scored(hidden, scored)), None
+        wishes = (work.sequence.sampling for work in plan)
+        wanted = any(wish.penalty_alpha or wish.prompt_logprobs is not None for wish in wishes)
+        kept = hidden[:num_tokens] if wanted else hidden.new_empty(num_tokens, 0)
+        return _array(kept), _array(self._scored(hidden, scored)), None
 
     @torch.inference_mode()
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:

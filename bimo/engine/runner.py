@@ -34,7 +34,7 @@ class StepResult:
     drafts: for each of them the tokens that were computed beyond it.
     logits: (R, V) float32, 1 + len(drafts) rows a sequence, in order: after its last token, and after each draft.
     best: the likeliest word of each row, where the step found it on its way.
-    hidden: (R, D) float32, the hidden states they come from.
+    hidden: (R, D) float32, the hidden states they come from; (R, 0) where no sequence asks for them.
     prompt_hidden: for sequences that asked for prompt_logprobs: (count, D), the computed chunk's hidden states.
     """
 

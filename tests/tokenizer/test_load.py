@@ -175,3 +175,26 @@ def test_a_decoder_that_looks_at_neighbours_is_not_misread() -> None:
         "decoders": [{"type": "Strip", "content": " ", "start": 1, "stop": 0}, {"type": "Fuse"}],
     }
     assert Decoding.parse(strip_first).kind == "other"  # before Fuse it strips every token
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"one": 0},
+        {"one": 0, "二": 1, "three": 2},
+        {"one": 0, "二": 5},  # ids without a word between
+        {"one": 3, "二": 4},
+        {"one": 0, "二": 2, "three": 1, "four": 900},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("added", [[], ["<|end|>"], ["one", "<|结束|>"]], ids=str)
+def test_ids_may_have_gaps(words: dict[str, int], added: list[str], tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="one"))
+    backend.add_special_tokens(added)
+    tokenizer = Tokenizer(backend, directory=tmp_path)
+    vocab = backend.get_vocab(with_added_tokens=True)
+    assert tokenizer.vocab_size == max(vocab.values(), default=-1) + 1
+    spellings = {text: i for i in range(-1, tokenizer.vocab_size + 1) if (text := tokenizer.token_spelling(i))}
+    assert spellings == vocab
