@@ -17,13 +17,15 @@ def focused(page: Page) -> str:
 
 def tab_to(page: Page, name: str, limit: int = 60) -> None:
     """Press Tab until the control called `name` has the focus, and check that the focus can be seen."""
+    passed: list[str] = []
     for _ in range(limit):
         page.keyboard.press("Tab")
-        if focused(page) == name:
+        passed.append(focused(page))
+        if passed[-1] == name:
             outline = page.evaluate("getComputedStyle(document.activeElement).outline")
             assert "solid" in outline and " 0px" not in outline, f"{name} has the focus and does not show it: {outline}"
             return
-    pytest.fail(f"Tab does not reach {name!r}")
+    pytest.fail(f"Tab does not reach {name!r}, but stays at {passed[-12:]}")
 
 
 def test_a_whole_session_without_a_mouse(open_page: OpenPage) -> None:
@@ -49,8 +51,10 @@ def test_a_whole_session_without_a_mouse(open_page: OpenPage) -> None:
 
     tab_to(page, "Settings", limit=80)
     page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
     tab_to(page, "Close")
     page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_hidden()
     tab_to(page, "New chat", limit=80)
     page.keyboard.press("Enter")
     expect(page.locator(".greeting")).to_be_visible()
