@@ -12,6 +12,7 @@ On a CPU the default is int8 where the kernels run: it is the fastest, and costs
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ QUANTS = ("int8", "int4", "file", "none")
 CACHE_DTYPES = ("auto", "int8", "bfloat16")
 BLOCK_SIZE = 16  # tokens a cache block; smaller shares more of a prefix, larger gathers faster
 KV_CACHE_BYTES = 192 << 20  # default size of the KV cache, if that much memory is free
+log = logging.getLogger(__name__)
 _BITS = {"int8": 8.5, "int4": 5.8, "file": 8.5}  # a weight, scales and an 8-bit head counted in; "file" at most
 
 
@@ -163,12 +165,15 @@ def _load_fused(reference: str, directory: Path, config: DecoderConfig, precisio
     """From the weights as they were packed once, else from the model's own, which takes ten times as long."""
     source = _source(reference, directory, precision)
     file = PackedFile(directory, source, precision.quant)
-    packed = file.read()
-    if packed is None:
-        from bimo.engine.fusing import fuse_weights
+    if (packed := file.read()) is not None:
+        try:
+            return FusedDecoder(config, packed, cache_dtype=precision.cache_dtype)
+        except (ValueError, KeyError) as error:  # whole, and not this model's: somebody changed it
+            log.warning("%s cannot be used (%s): it is made again", file.path, error)
+    from bimo.engine.fusing import fuse_weights
 
-        packed = fuse_weights(config, _weights(directory, config, precision, source), precision.quant)
-        file.write(packed)
+    packed = fuse_weights(config, _weights(directory, config, precision, source), precision.quant)
+    file.write(packed)
     return FusedDecoder(config, packed, cache_dtype=precision.cache_dtype)
 
 
@@ -217,13 +222,11 @@ def _dequantised(weights: Iterator[Any], precision: Precision, tied: bool) -> It
 
     from bimo.quant.weights import QuantisedWeight, round_weight
 
+    dtype = getattr(torch, precision.dtype)
     for name, weight in weights:
         if precision.quant != "none":
             weight = round_weight(name, weight, precision.quant, tied=tied)
-        yield (
-            name,
-            weight.dequantise(getattr(torch, precision.dtype)) if isinstance(weight, QuantisedWeight) else weight,
-        )
+        yield name, weight.dequantise(dtype) if isinstance(weight, QuantisedWeight) else weight
 
 
 def _num_blocks(config: DecoderConfig, dtype: str, tokens: int | None, context: int) -> int:

@@ -65,6 +65,8 @@ class PackedMatrix:
         return replace(self, bias=None if bias is None else np.pad(bias.astype(np.float32), (0, -self.rows % LANES)))
 
     def fields(self) -> tuple[Any, ...]:
+        if self.bias is not None and self.bias.size != -(-self.rows // LANES) * LANES:
+            raise ValueError(f"a bias of {self.bias.size} numbers for {self.rows} rows")
         return (
             FORMATS[self.format], self.rows, self.columns, self.codes.ctypes.data, self.codes.nbytes,
             self.scales.ctypes.data, self.scales.nbytes, 0 if self.bias is None else self.bias.ctypes.data,
@@ -166,7 +168,7 @@ class FusedModel:
         }  # fmt: skip
         self._fused = _kernels.Fused(instruction_set, sizes)
         self._kept: list[Any] = []
-        self.hidden, self.vocabulary = hidden, vocabulary
+        self.hidden, self.head_dim, self.vocabulary = hidden, head_dim, vocabulary
         self._logits = np.empty((0, vocabulary), np.float32)
         self.weight_bytes = 0  # read by a step of one token
 
@@ -193,7 +195,7 @@ class FusedModel:
             self._keep(matrix)
         self._fused.add_layer(
             self._norm(*attention_norm), self._norm(*mlp_norm), qkv.fields(), out.fields(), up.fields(), down.fields(),
-            self._floats(q_norm), self._floats(k_norm), window or 0,
+            self._floats(q_norm, self.head_dim), self._floats(k_norm, self.head_dim), window or 0,
         )  # fmt: skip
 
     def set_ends(
@@ -207,14 +209,15 @@ class FusedModel:
     ) -> None:
         """The embeddings (None: the head's own rows), positions learned or rotary, final norm and head."""
         if embedding is not None:
-            assert embedding.dtype == np.uint16 and embedding.shape == (self.vocabulary, self.hidden)
+            if embedding.dtype != np.uint16 or embedding.shape != (self.vocabulary, self.hidden):
+                raise ValueError(f"embeddings of shape {embedding.shape} for {self.vocabulary} words")
             embedding = np.ascontiguousarray(embedding)
             self._kept.append(embedding)
         self._keep(head)
         count = 0 if positions is None else len(positions)
         self._fused.set_ends(
             self._norm(*final_norm), head.fields(), 0 if embedding is None else embedding.ctypes.data,
-            self._floats(positions), count, self._floats(frequencies),
+            self._floats(positions, count * self.hidden), count, self._floats(frequencies, self.head_dim // 2),
         )  # fmt: skip
 
     def set_cache(self, keys: Array, values: Array, scales: tuple[Array, Array] | None, num_blocks: int) -> None:
@@ -263,15 +266,18 @@ class FusedModel:
         self._kept.append(matrix)
         self.weight_bytes += matrix.nbytes
 
-    def _floats(self, values: Array | None) -> int:
+    def _floats(self, values: Array | None, size: int) -> int:
+        """The address of `size` numbers; 0 for None."""
         if values is None:
             return 0
+        if values.size != size:
+            raise ValueError(f"a vector of {values.size} numbers where the model needs {size}")
         values = np.ascontiguousarray(values, np.float32)
         self._kept.append(values)
         return values.ctypes.data
 
     def _norm(self, weight: Array, bias: Array | None) -> tuple[int, int]:
-        return self._floats(weight), self._floats(bias)
+        return self._floats(weight, self.hidden), self._floats(bias, self.hidden)
 
 
 def product(matrix: PackedMatrix, x: Array, instruction_set: str = "") -> Array:

@@ -150,6 +150,30 @@ def test_a_damaged_file_is_made_again(model: Path, caplog: pytest.LogCaptureFixt
     assert file.path.read_bytes() == content
 
 
+@pytest.mark.parametrize("change", ["a norm is gone", "a norm is short", "frequencies are short", "a matrix is gone"])
+def test_a_whole_file_of_another_shape_is_made_again(
+    change: str, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing in it may lead the kernels outside their memory."""
+    weights = fused(model)
+    norm = "layers.0.attention_norm.weight"
+    match change:
+        case "a norm is gone":
+            del weights.vectors[norm]
+        case "a norm is short":
+            weights.vectors[norm] = weights.vectors[norm][:1]
+        case "frequencies are short":
+            weights.vectors["frequencies"] = weights.vectors["frequencies"][:1]
+        case _:
+            del weights.matrices["layers.0.mlp.down_proj"]
+    file = PackedFile(model, model, "int8")
+    file.write(weights)
+    build_it(model)
+    assert "made again" in caplog.text
+    found = file.read()
+    assert found is not None and same(found, fused(model))
+
+
 def test_no_room_on_the_disk_costs_only_time(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
