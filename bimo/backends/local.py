@@ -219,6 +219,7 @@ class LocalBackend:
             raise CapacityError(f"{len(self._sinks)} requests are queued already: try again in a moment")
         self._sinks[request.request_id] = sink
         self._commands.put(lambda: self._add(request))
+        self.engine.interrupt()
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         """Outputs as they come; leaving the loop early aborts the request."""
@@ -256,6 +257,7 @@ class LocalBackend:
         """Stop a request; it still gets its last outputs, with reason "abort"."""
         if request_id in self._sinks:
             self._commands.put(lambda: self._hand_out(self.engine.abort(request_id)))
+            self.engine.interrupt()
 
     def close(self) -> None:
         """Abort what runs, and end the thread."""

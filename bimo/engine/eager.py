@@ -35,7 +35,9 @@ def padded_rows(count: int) -> int:
 
 
 class EagerDecoder:
-    """Builds a step's row of tokens, and runs the model on it."""
+    """Builds a step's row of tokens, and runs the model on it, a step at a time."""
+
+    can_go_on = False
 
     def __init__(self, model: Decoder) -> None:
         self.model, self.config = model.eval(), model.config
@@ -55,6 +57,9 @@ class EagerDecoder:
         wanted = any(wish.penalty_alpha or wish.prompt_logprobs is not None for wish in wishes)
         kept = hidden[:num_tokens] if wanted else hidden.new_empty(num_tokens, 0)
         return _array(kept), _array(self._scored(hidden, scored)), None
+
+    def interrupt(self) -> None:
+        """There is but one step to wait for."""
 
     @torch.inference_mode()
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from bimo.engine.cache import BlockPool
 from bimo.engine.drafting import DraftModelProposer
 from bimo.engine.fused import FusedDecoder
+from bimo.engine.multistep import several_steps
 from bimo.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
 from bimo.engine.runner import ModelRunner, StepResult
 from bimo.engine.sampling import token_logprobs
@@ -49,6 +50,7 @@ class EngineConfig:
     max_step_tokens: int = 512  # larger: faster prefill, longer pauses for those who are streaming
     max_prefill_tokens: int = 1024  # the same while nobody is streaming
     speculation: Literal["ngram", "off"] = "ngram"  # drafts from the text so far; a draft model takes its place
+    stream_interval: float = 0.03  # seconds; greedy answers may come in pieces that took so long (see multistep.py)
     max_draft_rows: int = 16  # a lone sequence's step is filled with drafts up to so many tokens, others up to half
 
     def __post_init__(self) -> None:
@@ -188,12 +190,21 @@ class Engine:
         plan = self.scheduler.schedule()
         if self.speculation:
             plan = self.speculation.extend(plan)
-        result = self.runner.run(plan, self._copies)
+        more = None
+        if self.runner.model.can_go_on and self.config.stream_interval > 0:
+            more = several_steps(plan, self.scheduler, self.speculation, self.config.stream_interval)
+        result = self.runner.run(plan, self._copies, more)
         self._copies = []
         self.scheduler.complete(plan)
-        self.stats.steps += 1
+        if more and self.speculation:
+            self.speculation.skip(plan, result.steps)
+        self.stats.steps += result.steps
         self._note_prompts(plan, result)
         return self._sample(result) + self._advance_gangs(result)
+
+    def interrupt(self) -> None:
+        """From another thread: a `step` that would take several of the model's ends after the one it is at."""
+        self.runner.model.interrupt()
 
     def check_integrity(self) -> None:
         """Assert the invariants of engine, scheduler and cache; tests call it after every step."""
@@ -327,7 +338,9 @@ class Engine:
         live = self._live[sequence.request.request_id]
         self.stats.generation_tokens += num_tokens
         live.completion_tokens += num_tokens
-        if turn.drafts:
+        if turn.drafts or not turn.guessed:
+            self.scheduler.settle(sequence)
+        if turn.drafts and turn.guessed:
             self._note_drafts(turn)
         output = Output(live.request.request_id, sequence.index, turn.text, turn.tokens)
         if sequence.sampling.logprobs is not None:
@@ -347,7 +360,6 @@ class Engine:
 
     def _note_drafts(self, turn: Turn) -> None:
         assert turn.sequence.pace is not None
-        self.scheduler.settle(turn.sequence)
         turn.sequence.pace.note(len(turn.drafts), turn.num_accepted)
         self.stats.drafted_tokens += len(turn.drafts)
         self.stats.accepted_tokens += turn.num_accepted

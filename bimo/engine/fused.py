@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bimo.engine.kernels import load_kernels
+from bimo.engine.multistep import MultiStep
 from bimo.engine.scheduler import Scheduled
 from bimo.models.config import DecoderConfig
 from bimo.runtime import lazy_memory
@@ -85,6 +86,8 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: Any) -> Array:
 class FusedDecoder:
     """The model behind `ModelRunner`, as EagerDecoder (eager.py) is for torch."""
 
+    can_go_on = True
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -120,11 +123,21 @@ class FusedDecoder:
         self.fused.set_cache(cache.keys, cache.values, cache.scales, num_blocks)
         return cache
 
-    def run(self, plan: list[Scheduled], scored: list[int]) -> tuple[Array, Array, list[int]]:
+    def run(
+        self, plan: list[Scheduled], scored: list[int], more: MultiStep | None = None
+    ) -> tuple[Array, Array, list[int]]:
         """Hidden states (T, D) float32 of a plan's tokens, one sequence after the other; of the rows `scored` the
-        logits (N, V) float32, which the next step overwrites, and the likeliest words."""
+        logits (N, V) float32, which the next step overwrites, and the likeliest words; of several steps (`more`)
+        the words a step after the other, the rest of the last one."""
         token_ids = [token for work in plan for token in work.token_ids]
-        return self.fused.step(token_ids, [(work.start, work.count, work.sequence.blocks) for work in plan], scored)
+        spans = [(work.start, work.count, work.sequence.blocks) for work in plan]
+        if more is None:
+            return self.fused.step(token_ids, spans, scored)
+        return self.fused.step(token_ids, spans, scored, steps=more.steps, seconds=more.seconds, ends=more.ends)
+
+    def interrupt(self) -> None:
+        """From another thread: somebody waits, do not go on after the step that is being computed."""
+        self.fused.interrupt()
 
     def logits(self, hidden: Array) -> Array:
         """(N, D) -> (N, V) float32."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bimo.engine.fused import FusedDecoder
+from bimo.engine.multistep import MultiStep
 from bimo.engine.scheduler import Scheduled
 from bimo.engine.sequence import Sequence
 
@@ -32,7 +33,10 @@ class StepResult:
 
     sequences: those that reached their last token.
     drafts: for each of them the tokens that were computed beyond it.
-    logits: (R, V) float32, 1 + len(drafts) rows a sequence, in order: after its last token, and after each draft.
+    steps: of the model.
+    guessed: the drafts; if not, they are the words that the model itself went on with.
+    logits: (R, V) float32, 1 + len(drafts) rows a sequence, in order: after its last token, and after each draft;
+        of several steps only the last one's, which nobody needs.
     best: the likeliest word of each row, where the step found it on its way.
     hidden: (R, D) float32, the hidden states they come from; (R, 0) where no sequence asks for them.
     prompt_hidden: for sequences that asked for prompt_logprobs: (count, D), the computed chunk's hidden states.
@@ -44,6 +48,8 @@ class StepResult:
     best: list[int] | None
     hidden: Array
     prompt_hidden: dict[Sequence, Array]
+    steps: int = 1
+    guessed: bool = True
 
     @property
     def first_rows(self) -> dict[Sequence, int]:
@@ -64,9 +70,12 @@ class ModelRunner:
             self.model = EagerDecoder(model)
         self.cache = self.model.make_cache(num_blocks, block_size)
 
-    def run(self, plan: list[Scheduled], copies: list[tuple[int, int]]) -> StepResult:
-        """Compute a plan. `copies` are block copies owed to sequences forked since the last step."""
+    def run(self, plan: list[Scheduled], copies: list[tuple[int, int]], more: MultiStep | None = None) -> StepResult:
+        """Compute a plan. `copies` are block copies owed to sequences forked since the last step; `more`: single
+        tokens' steps beyond the plan, for a model that `can_go_on`."""
         self.cache.copy_blocks(copies)
+        if more:
+            return self._run_steps(plan, more)
         plan = sorted(plan, key=lambda work: work.count > 1)  # single tokens first; stable
         ends = list(accumulate(work.count for work in plan))
         scored = [row for work, end in zip(plan, ends, strict=True) for row in range(end - work.num_scored, end)]
@@ -83,6 +92,13 @@ class ModelRunner:
         sequences, drafts = [work.sequence for work in reached], [work.drafts for work in reached]
         scored_hidden = hidden if len(scored) == len(hidden) else hidden[scored]
         return StepResult(sequences, drafts, logits, best, scored_hidden, prompt_hidden)
+
+    def _run_steps(self, plan: list[Scheduled], more: MultiStep) -> StepResult:
+        hidden, logits, words = self.model.run(plan, list(range(len(plan))), more)
+        answers = [words[row :: len(plan)] for row in range(len(plan))]  # they came a step after the other
+        drafts = [tuple(answer[:-1]) for answer in answers]
+        best = [word for answer in answers for word in answer]
+        return StepResult([work.sequence for work in plan], drafts, logits, best, hidden, {}, len(answers[0]), False)
 
     def logits(self, hidden: Array) -> Array:
         """(N, D) -> (N, V) float32."""

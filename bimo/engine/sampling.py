@@ -19,6 +19,7 @@ from bimo.errors import EngineError
 __all__ = [
     "best_ids",
     "choose_tokens",
+    "chooses_best",
     "depends_on_output",
     "distribution",
     "keeps_best",
@@ -66,6 +67,13 @@ def keeps_best(sequence: Sequence, best: int) -> bool:
     if not p.greedy or p.logit_bias or _changes_scores(sequence):
         return False
     return sequence.constraint is None or (best < 32 * len(mask) and bool(mask[best >> 5] >> (best & 31) & 1))
+
+
+def chooses_best(sequence: Sequence) -> bool:
+    """Whether the likeliest word by the model's own scores is always what comes next, and nobody wants the scores."""
+    p = sequence.sampling
+    plain = p.greedy and not p.logit_bias and p.logprobs is None and p.best_of is None
+    return plain and not depends_on_output(sequence)
 
 
 def _changes_scores(sequence: Sequence) -> bool:

@@ -95,6 +95,20 @@ class Scheduler:
         self._grow(sequence, num_tokens + count)
         return count
 
+    def reserve_steps(self, sequences: list[Sequence], steps: int) -> int:
+        """Give decoding sequences, all of them, room for `steps` tokens more; returns for how many there is room in
+        free blocks, at least for the one that is planned."""
+        size = self.pool.block_size
+        while steps > 1:
+            ends = [len(sequence.token_ids) + steps - 1 for sequence in sequences]
+            missing = sum(-(-end // size) - len(s.blocks) for s, end in zip(sequences, ends, strict=True))
+            if missing <= self.pool.num_free:
+                for sequence, end in zip(sequences, ends, strict=True):
+                    self._grow(sequence, end)
+                break
+            steps -= 1
+        return steps
+
     def settle(self, sequence: Sequence) -> None:
         """After drafts were verified: all tokens but the newest are computed; blocks of refused drafts go back."""
         sequence.num_computed = len(sequence.token_ids) - 1

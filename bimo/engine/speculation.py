@@ -29,6 +29,7 @@ __all__ = ["NgramIndex", "NgramProposer", "Pace", "Proposer", "Reserve", "Specul
 ROW_PRICE = 0.08  # of one more row, in steps of one: measured 4 rows 1.1-1.3, 8 rows 1.35-1.45, 16 rows 1.8-2.4
 FIRST_WIDTH, MAX_WIDTH = 3, 15  # drafts of a sequence: 4, 8 and 16 rows with its last token
 MAX_LOSS = 0.01  # of the time, for a text whose drafts never come true
+NOTHING_FOUND = 4  # steps until drafts are looked for again; a copy that begins meanwhile goes on for longer
 _CANDIDATES = 8  # earlier places compared; 1 finds a tenth less, 64 nothing more
 _LONGEST = 32  # tokens compared at each
 
@@ -168,6 +169,19 @@ class Speculation:
         """A lone sequence's steps are filled up to `max_rows` tokens, those of several up to half as many: beyond the
         knee of the cost (8 rows), a draft pays only if it is as good as certain, as in a copy that goes on and on."""
         self.proposer, self.reserve, self.max_rows = proposer, reserve, max_rows
+
+    def steps_without(self, plan: list[Scheduled]) -> int:
+        """For how many steps no drafts would be made, this one counted in, now that `extend` has made none."""
+        paces = [work.sequence.pace for work in plan if work.sequence.pace is not None]
+        if len(plan) > self.max_rows // 2 or not paces:
+            return 1 << 30
+        return min(pace.rest + 1 if pace.rest else NOTHING_FOUND for pace in paces)
+
+    def skip(self, plan: list[Scheduled], steps: int) -> None:
+        """So many steps were taken without asking for drafts, but for the first."""
+        for work in plan:
+            if work.sequence.pace is not None:
+                work.sequence.pace.rest = max(0, work.sequence.pace.rest - (steps - 1))
 
     def extend(self, plan: list[Scheduled]) -> list[Scheduled]:
         """The plan, with drafts for sequences that are decoding."""

@@ -34,6 +34,7 @@ class Turn:
     text: str = ""  # to show for them
     chosen: list[int] = field(default_factory=list)  # to be appended now
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of `chosen`, where the request wants them
+    guessed: bool = True  # the drafts; if not, they are the model's own words
     done: bool = False  # after `chosen` no row of this step is of use
 
     @property
@@ -46,7 +47,11 @@ def turns_of(result: StepResult) -> list[Turn]:
     """The turns of all sequences of a step that are not part of a search."""
     first_rows = result.first_rows
     drafted = zip(result.sequences, result.drafts, strict=True)
-    return [Turn(sequence, first_rows[sequence], drafts) for sequence, drafts in drafted if sequence.gang is None]
+    return [
+        Turn(sequence, first_rows[sequence], drafts, guessed=result.guessed)
+        for sequence, drafts in drafted
+        if sequence.gang is None
+    ]
 
 
 def choose(turns: list[Turn], logits: NDArray[np.float32], best: list[int] | None = None) -> None:

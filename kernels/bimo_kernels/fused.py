@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -233,17 +234,33 @@ class FusedModel:
         )
 
     def step(
-        self, token_ids: list[int], spans: list[tuple[int, int, list[int]]], scored: list[int]
+        self,
+        token_ids: list[int],
+        spans: list[tuple[int, int, list[int]]],
+        scored: list[int],
+        *,
+        steps: int = 1,
+        seconds: float = 0.0,
+        ends: Sequence[int] = (),
     ) -> tuple[Array, Array, list[int]]:
         """Hidden states after the final norm, (T, D) float32, of sequences' tokens one after the other; of the rows
         `scored` the logits (N, V) float32, in memory that the next step uses again, and the likeliest words.
 
         spans: (position of the first token, number of tokens, cache blocks) of each sequence.
+        steps: of single tokens, each sequence can go on with its likeliest word for so many steps at most, while
+            `seconds` last, until one of them is in `ends` or `interrupt` is called. Then the words of all steps are
+            returned, a step after the other; hidden states and logits are the last one's.
         """
         hidden = np.empty((len(token_ids), self.hidden), np.float32)
         logits = self._rows_for(len(scored))
-        best = self._fused.forward(token_ids, spans, hidden.ctypes.data, scored, logits.ctypes.data)
+        best = self._fused.forward(
+            token_ids, spans, hidden.ctypes.data, scored, logits.ctypes.data, steps, seconds, list(ends)
+        )
         return hidden, logits, best
+
+    def interrupt(self) -> None:
+        """End a `step` of several steps that another thread is in, or else the next, after the step it is at."""
+        self._fused.interrupt()
 
     def logits(self, hidden: Array) -> Array:
         """(N, D) -> (N, V) float32."""

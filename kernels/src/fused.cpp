@@ -4,6 +4,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -125,8 +128,12 @@ class Fused {
 
     // spans: (start, count, [blocks]) of each sequence, in the order of their tokens; hidden: [T][D] floats. scored: the
     // rows whose logits are wanted, [scored][V] floats. Returns the likeliest word after each of them.
-    std::vector<int64_t> forward(const std::vector<int64_t>& token_ids, const nb::list& spans, uintptr_t hidden,
-                                 const std::vector<int64_t>& scored, uintptr_t logits) {
+    //
+    // steps > 1: one token a sequence, all scored, and each goes on with its likeliest word, until it is one of `ends`,
+    // or `seconds` would have passed after one more step, or somebody interrupts. hidden and logits are the last step's.
+    std::vector<int64_t> forward(std::vector<int64_t> token_ids, const nb::list& spans, uintptr_t hidden,
+                                 const std::vector<int64_t>& scored, uintptr_t logits, int64_t steps, double seconds,
+                                 const std::vector<int64_t>& ends) {
         require(m_.head.codes && m_.keys, "the model has no head or no cache yet");
         Step step;
         step.num_tokens = int64_t(token_ids.size());
@@ -137,14 +144,16 @@ class Fused {
         std::vector<int64_t> blocks;
         std::vector<int64_t> begins;
         int64_t row = 0;
+        require(steps > 0 && (steps == 1 || scored.size() == token_ids.size()), "of several steps every row is scored");
         for (nb::handle item : spans) {
             const nb::tuple span = nb::cast<nb::tuple>(item);
             const int64_t start = nb::cast<int64_t>(span[0]), count = nb::cast<int64_t>(span[1]);
             const nb::list table = nb::cast<nb::list>(span[2]);
-            const int64_t needed = (start + count + LANES - 1) / LANES;
+            const int64_t needed = (start + count + steps - 1 + LANES - 1) / LANES;
             require(start >= 0 && count > 0, "a span has a start and at least one token");
+            require(steps == 1 || count == 1, "several steps are for single tokens");
             require(needed <= int64_t(table.size()), "a span reaches beyond its blocks");
-            require(!m_.positions || start + count <= m_.num_positions, "a position beyond the model's");
+            require(!m_.positions || start + count + steps - 1 <= m_.num_positions, "a position beyond the model's");
             begins.push_back(int64_t(blocks.size()));
             for (int64_t i = 0; i < needed; i++) {
                 const int64_t block = nb::cast<int64_t>(table[i]);
@@ -156,13 +165,30 @@ class Fused {
         }
         require(row == step.num_tokens, "spans and tokens differ in number");
         for (size_t i = 0; i < begins.size(); i++) step.spans[i].blocks = blocks.data() + begins[i];
-        for (int64_t wanted : scored) require(wanted >= 0 && wanted < row, "a scored row outside the step");
-        std::vector<int64_t> best(scored.size());
-        step.scored = scored, step.logits = reinterpret_cast<float*>(logits), step.best = best.data();
+        for (size_t i = 0; i < scored.size(); i++)
+            require(scored[i] >= 0 && scored[i] < row && (steps == 1 || scored[i] == int64_t(i)),
+                    "a scored row outside the step");
+        step.scored = scored, step.logits = reinterpret_cast<float*>(logits);
+        std::vector<int64_t> best(scored.size() * steps);
         nb::gil_scoped_release others_may_run;
-        kernels_->forward(m_, step);
-        return best;
+        const auto begun = std::chrono::steady_clock::now();
+        for (int64_t done = 1;; done++) {
+            step.best = best.data() + (done - 1) * scored.size();
+            kernels_->forward(m_, step);
+            const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+            bool over = done == steps || elapsed * double(done + 1) / double(done) > seconds;
+            for (size_t i = 0; i < scored.size() && !over; i++)
+                over = std::find(ends.begin(), ends.end(), step.best[i]) != ends.end();
+            if (interrupted_.exchange(false) || over) {
+                best.resize(done * scored.size());
+                return best;
+            }
+            std::copy(step.best, step.best + scored.size(), token_ids.begin());
+            for (Span& span : step.spans) span.start++;
+        }
     }
+
+    void interrupt() { interrupted_.store(true); }
 
     void logits(uintptr_t hidden, int64_t rows, uintptr_t out) {
         require(m_.head.codes && rows > 0, "no head, or no rows");
@@ -175,6 +201,7 @@ class Fused {
    private:
     Model m_;
     const Kernels* kernels_;
+    std::atomic<bool> interrupted_{false};
 };
 
 void product(const std::string& isa, const nb::tuple& matrix, uintptr_t x, int64_t rows, uintptr_t y) {
@@ -204,6 +231,7 @@ void bind_fused(nb::module_& m) {
         .def("set_ends", &Fused::set_ends)
         .def("set_cache", &Fused::set_cache)
         .def("forward", &Fused::forward)
+        .def("interrupt", &Fused::interrupt)
         .def("logits", &Fused::logits)
         .def_prop_ro("instruction_set", &Fused::isa);
     m.def("product", &product);

@@ -201,17 +201,20 @@ def test_a_step_is_one_parallel_region_and_asks_for_no_new_memory_for_scores(tin
         fused = model.backend.engine.runner.model.fused
         step, places = fused.step, []
 
-        def noted(*args: Any) -> Any:
-            found = step(*args)
+        def noted(*args: Any, **more: Any) -> Any:
+            found = step(*args, **more)
             places.append(found[1].ctypes.data)
             return found
 
         fused.step = noted
+        engine = model.backend.engine
+        engine.config = dataclasses.replace(engine.config, stream_interval=1e9)  # not by the clock
         regions, steps = kernels.parallel_regions(), model.backend.stats().steps
         found = model.generate(
             "从前有一个小小的模型", n=5, max_tokens=20, temperature=0.0, ignore_eos=True, min_tokens=20
         )
         assert [len(completion.tokens) for completion in found] == [20] * 5
         steps = model.backend.stats().steps - steps
-    assert kernels.parallel_regions() - regions == steps == len(places) <= 22  # five prompts together, twenty tokens
+    assert kernels.parallel_regions() - regions == steps <= 22  # five prompts together, twenty tokens
+    assert len(places) <= 6  # several steps a call (engine.multistep)
     assert len(set(places)) <= 3  # it grows with the batch, then stays

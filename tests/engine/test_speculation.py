@@ -176,7 +176,7 @@ def test_any_arrivals_aborts_and_cache_sizes(with_proposer, plain, kind, arrival
         kind, num_blocks=num_blocks, max_batch=batch, max_step_tokens=step_tokens, max_draft_rows=rows
     )
     computed: list[list[Scheduled]] = []
-    engine.runner.run = lambda plan, copies, run=engine.runner.run: (computed.append(plan), run(plan, copies))[1]
+    engine.runner.run = lambda plan, *rest, run=engine.runner.run: (computed.append(plan), run(plan, *rest))[1]
 
     def ask(*job: int) -> Request:
         request = make_request(engine.tokenizer, *job)
@@ -722,7 +722,7 @@ def test_draft_model_computes_each_token_once_and_shares_prefixes(with_proposer)
     proposer = engine.speculation.proposer
     rows = []
     run_plan = proposer.runner.run
-    proposer.runner.run = lambda plan, copies: (rows.append(sum(w.count for w in plan)), run_plan(plan, copies))[1]
+    proposer.runner.run = lambda plan, *rest: (rows.append(sum(w.count for w in plan)), run_plan(plan, *rest))[1]
     request = make_request(engine.tokenizer, 0, 0, 40)
     run(engine, [request])
     num_prompt = len(request.prompt_token_ids)
