@@ -30,7 +30,7 @@ from bimo.runtime import cache_home
 
 __all__ = ["ROUNDING", "PackedFile"]
 
-ROUNDING = 1  # raised when bimo.quant or engine.fusing makes other numbers of the same weights
+ROUNDING = 2  # raised when bimo.quant or engine.fusing makes other numbers of the same weights
 _TYPES = {"U8": np.uint8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 _LONGEST_HEADER = 1 << 26
 _NAMES = {np.dtype(number): name for name, number in _TYPES.items()}

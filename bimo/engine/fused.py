@@ -128,12 +128,14 @@ class FusedDecoder:
     ) -> tuple[Array, Array, list[int]]:
         """Hidden states (T, D) float32 of a plan's tokens, one sequence after the other; of the rows `scored` the
         logits (N, V) float32, which the next step overwrites, and the likeliest words; of several steps (`more`)
-        the words a step after the other, the rest of the last one."""
+        the words alone, a step after the other."""
         token_ids = [token for work in plan for token in work.token_ids]
         spans = [(work.start, work.count, work.sequence.blocks) for work in plan]
         if more is None:
             return self.fused.step(token_ids, spans, scored)
-        return self.fused.step(token_ids, spans, scored, steps=more.steps, seconds=more.seconds, ends=more.ends)
+        return self.fused.step(
+            token_ids, spans, scored, want_logits=False, steps=more.steps, seconds=more.seconds, ends=more.ends
+        )
 
     def interrupt(self) -> None:
         """From another thread: somebody waits, do not go on after the step that is being computed."""

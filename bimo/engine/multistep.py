@@ -24,7 +24,8 @@ _MOST = 16  # steps of one call
 
 @dataclass(frozen=True, slots=True)
 class MultiStep:
-    """Go on for so many `steps` at most, while `seconds` last, until a word is one of `ends`."""
+    """Go on for so many `steps` at most (1 or more), while `seconds` last, until a word is one of `ends`. Nobody wants
+    the scores."""
 
     steps: int
     seconds: float
@@ -46,4 +47,4 @@ def several_steps(
         ends |= sequence.eos_token_ids
         ends.update(sequence.sampling.stop_token_ids)
     steps = scheduler.reserve_steps([work.sequence for work in plan], steps)
-    return MultiStep(steps, seconds, tuple(ends)) if steps > 1 else None
+    return MultiStep(max(steps, 1), seconds, tuple(ends))

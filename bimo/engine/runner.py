@@ -36,7 +36,7 @@ class StepResult:
     steps: of the model.
     guessed: the drafts; if not, they are the words that the model itself went on with.
     logits: (R, V) float32, 1 + len(drafts) rows a sequence, in order: after its last token, and after each draft;
-        of several steps only the last one's, which nobody needs.
+        none where nobody wants them.
     best: the likeliest word of each row, where the step found it on its way.
     hidden: (R, D) float32, the hidden states they come from; (R, 0) where no sequence asks for them.
     prompt_hidden: for sequences that asked for prompt_logprobs: (count, D), the computed chunk's hidden states.
@@ -71,8 +71,8 @@ class ModelRunner:
         self.cache = self.model.make_cache(num_blocks, block_size)
 
     def run(self, plan: list[Scheduled], copies: list[tuple[int, int]], more: MultiStep | None = None) -> StepResult:
-        """Compute a plan. `copies` are block copies owed to sequences forked since the last step; `more`: single
-        tokens' steps beyond the plan, for a model that `can_go_on`."""
+        """Compute a plan. `copies` are block copies owed to sequences forked since the last step; `more`: the
+        steps that single tokens may take at once, for a model that `can_go_on`."""
         self.cache.copy_blocks(copies)
         if more:
             return self._run_steps(plan, more)

@@ -33,7 +33,7 @@ __all__ = [
 
 LANES = 16
 GROUP = 32  # columns that share a scale
-FORMATS = {"block8": 0, "block4": 1}
+FORMATS = {"block8": 0, "block4": 1, "row8": 2}
 _KEPT_ROWS = 64
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -78,16 +78,16 @@ def pack(format: str, codes: Array, scales: Array, minima: Array | None, arena: 
     """Lay a quantised weight out in panels.
 
     Args:
-        format: "block8" (w = scale (q - 128)) or "block4" (w = scale q + minimum).
+        format: "block8", "row8" (w = scale (q - 128)) or "block4" (w = scale q + minimum).
         codes: (rows, columns) uint8, for 4 bits below 16.
-        scales: (rows, columns / 32 rounded up) float16. minima: like scales, for "block4".
+        scales: (rows, columns / 32 rounded up) float16, of "row8" (rows, 1). minima: like scales, for "block4".
         arena: where to lay it; one for all weights of a model.
     """
     copy_of = (arena or Arena()).copy_of
     rows, columns = codes.shape
     codes = np.pad(codes, ((0, -rows % LANES), (0, -columns % GROUP)))
     panels, groups = codes.shape[0] // LANES, codes.shape[1] // GROUP
-    assert scales.dtype == np.float16 and scales.shape == (rows, groups)
+    assert scales.dtype == np.float16 and scales.shape == (rows, 1 if format == "row8" else groups)
     fours = codes.view(np.uint32)  # four columns at a time
     if format == "block4":
         assert minima is not None and minima.dtype == np.float16 and minima.shape == scales.shape
@@ -239,6 +239,7 @@ class FusedModel:
         spans: list[tuple[int, int, list[int]]],
         scored: list[int],
         *,
+        want_logits: bool = True,
         steps: int = 1,
         seconds: float = 0.0,
         ends: Sequence[int] = (),
@@ -246,15 +247,23 @@ class FusedModel:
         """Hidden states after the final norm, (T, D) float32, of sequences' tokens one after the other; of the rows
         `scored` the logits (N, V) float32, in memory that the next step uses again, and the likeliest words.
 
+        want_logits: if not, (0, V): of 64 rows of 49,152 words they are 12 MB to be written.
         spans: (position of the first token, number of tokens, cache blocks) of each sequence.
         steps: of single tokens, each sequence can go on with its likeliest word for so many steps at most, while
             `seconds` last, until one of them is in `ends` or `interrupt` is called. Then the words of all steps are
             returned, a step after the other; hidden states and logits are the last one's.
         """
         hidden = np.empty((len(token_ids), self.hidden), np.float32)
-        logits = self._rows_for(len(scored))
+        logits = self._rows_for(len(scored) if want_logits else 0)
         best = self._fused.forward(
-            token_ids, spans, hidden.ctypes.data, scored, logits.ctypes.data, steps, seconds, list(ends)
+            token_ids,
+            spans,
+            hidden.ctypes.data,
+            scored,
+            logits.ctypes.data if want_logits else 0,
+            steps,
+            seconds,
+            list(ends),
         )
         return hidden, logits, best
 

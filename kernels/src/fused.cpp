@@ -52,7 +52,7 @@ Matrix matrix_of(const nb::tuple& t) {
     require(t.size() == 8, "a matrix has eight fields");
     Matrix w;
     const int format = nb::cast<int>(t[0]);
-    require(format >= 0 && format <= 1, "unknown matrix format");
+    require(format >= 0 && format <= 2, "unknown matrix format");
     w.format = static_cast<Format>(format);
     w.rows = nb::cast<int64_t>(t[1]);
     w.columns = nb::cast<int64_t>(t[2]);
@@ -62,8 +62,7 @@ Matrix matrix_of(const nb::tuple& t) {
     w.codes = reinterpret_cast<const uint8_t*>(nb::cast<uintptr_t>(t[3]));
     require(nb::cast<int64_t>(t[4]) == w.panels * w.panel_bytes(), "codes of another size than the matrix");
     w.scales = reinterpret_cast<const uint16_t*>(nb::cast<uintptr_t>(t[5]));
-    const int64_t per_panel = w.groups() * (w.format == Format::BLOCK4 ? 64 : 32);
-    require(nb::cast<int64_t>(t[6]) == w.panels * per_panel, "scales of another size than the matrix");
+    require(nb::cast<int64_t>(t[6]) == w.panels * w.panel_scales() * 2, "scales of another size than the matrix");
     w.bias = floats(nb::cast<uintptr_t>(t[7]));
     return w;
 }
@@ -127,7 +126,7 @@ class Fused {
     }
 
     // spans: (start, count, [blocks]) of each sequence, in the order of their tokens; hidden: [T][D] floats. scored: the
-    // rows whose logits are wanted, [scored][V] floats. Returns the likeliest word after each of them.
+    // rows whose logits are wanted, [scored][V] floats (0: nobody wants them). Returns the likeliest word after each of them.
     //
     // steps > 1: one token a sequence, all scored, and each goes on with its likeliest word, until it is one of `ends`,
     // or `seconds` would have passed after one more step, or somebody interrupts. hidden and logits are the last step's.

@@ -17,7 +17,8 @@ constexpr int64_t GROUP = 32;       // columns that share a scale, of weights (a
 //   BLOCK8   codes [panel][columns/4][16][4], scales float16 [panel][columns/32][16]
 //   BLOCK4   codes [panel][columns/32][4][64]: byte b of part i holds column 4i + b%4 (low half) and 16 + 4i + b%4
 //            (high half) of row b/4; scales and minima float16 [panel][columns/32][2][16]
-enum class Format : int { BLOCK8, BLOCK4 };
+//   ROW8     codes as BLOCK8; scales float16 [panel][16], one a row of the matrix
+enum class Format : int { BLOCK8, BLOCK4, ROW8 };
 
 struct Matrix {
     Format format = Format::BLOCK8;
@@ -29,6 +30,9 @@ struct Matrix {
     const float* bias = nullptr;    // [panels * 16], or none
 
     int64_t groups() const { return padded / GROUP; }
+    int64_t panel_scales() const {  // halves
+        return format == Format::ROW8 ? LANES : groups() * (format == Format::BLOCK4 ? 2 : 1) * LANES;
+    }
     int64_t panel_bytes() const { return format == Format::BLOCK4 ? padded * LANES / 2 : padded * LANES; }
 };
 
@@ -77,7 +81,7 @@ struct Step {
     std::vector<Span> spans;
     float* hidden = nullptr;      // out: [T][D], after the final norm
     std::vector<int64_t> scored;  // the rows whose logits are wanted
-    float* logits = nullptr;      // out: [scored][V]
+    float* logits = nullptr;      // out: [scored][V], or none
     int64_t* best = nullptr;      // out: [scored], the word of the highest logit, of equals the first
 };
 

@@ -48,8 +48,7 @@ INLINE void quantise_group(Activations& to, int64_t row, int64_t g, const f32x16
     int8_t* codes = to.codes + tile * TILE * to.padded + g * GROUP * width + 4 * place;
     i32x16 total = {};
     for (const f32x16& part : values) {
-        // 1.5 * 2^23 leaves the nearest whole number in the lowest bits
-        const i32x16 whole = (i32x16)(part * inverse + 12582912.0f) - 0x4b400000;
+        const i32x16 whole = nearest(part * inverse);
         total += whole;
         int8_t bytes[16];
         store(bytes, __builtin_convertvector(whole, i8x16));
@@ -93,15 +92,15 @@ INLINE void multiply(const Matrix& w, int64_t panel, const Activations& x, int64
     const float *scales = x.scales + tile * TILE * groups, *sums = x.sums + tile * TILE * groups;
     const int32_t* starts = x.starts + tile * TILE * groups;
     constexpr int64_t CODE_BYTES = FORMAT == Format::BLOCK4 ? 256 : 512;  // of a group
-    constexpr int64_t HALVES = FORMAT == Format::BLOCK4 ? 2 * LANES : LANES;
+    constexpr int64_t HALVES = FORMAT == Format::ROW8 ? 0 : FORMAT == Format::BLOCK4 ? 2 * LANES : LANES;
     const uint8_t* codes = w.codes + panel * w.panel_bytes();
-    const uint16_t* halves = w.scales + panel * groups * HALVES;
+    const uint16_t* halves = w.scales + panel * w.panel_scales();
     f32x16 total[MB] = {};
     for (int64_t g = 0; g < groups; g++) {
         if constexpr (MB == TILE) {
             for (int64_t line = 64 * tile; line < CODE_BYTES; line += 64 * tiles)
                 __builtin_prefetch(codes + w.panel_bytes() + line, 0, 2);
-            if (tile == 0) __builtin_prefetch(halves + groups * HALVES, 0, 2);
+            if (HALVES && tile == 0) __builtin_prefetch(halves + groups * HALVES, 0, 2);
         }
         i32x16 part[MB];
         for (int m = 0; m < MB; m++) part[m] = FORMAT == Format::BLOCK4 ? i32x16{} : starts[g * MB + m] - i32x16{};
@@ -120,13 +119,21 @@ INLINE void multiply(const Matrix& w, int64_t panel, const Activations& x, int64
                 for (int m = 0; m < MB; m++) part[m] = dot4(part[m], c, a + 4 * (s * MB + m));
             }
         }
-        const f32x16 scale = half_to_float(halves);
-        for (int m = 0; m < MB; m++) total[m] += to_float(part[m]) * (scale * scales[g * MB + m]);
+        if constexpr (FORMAT == Format::ROW8) {
+            for (int m = 0; m < MB; m++) total[m] += to_float(part[m]) * scales[g * MB + m];
+        } else {
+            const f32x16 scale = half_to_float(halves);
+            for (int m = 0; m < MB; m++) total[m] += to_float(part[m]) * (scale * scales[g * MB + m]);
+        }
         if constexpr (FORMAT == Format::BLOCK4) {
             const f32x16 minimum = half_to_float(halves + LANES);
             for (int m = 0; m < MB; m++) total[m] += minimum * sums[g * MB + m];
         }
         codes += CODE_BYTES, halves += HALVES, a += GROUP * MB;
+    }
+    if constexpr (FORMAT == Format::ROW8) {
+        const f32x16 scale = half_to_float(halves);
+        for (int m = 0; m < MB; m++) total[m] *= scale;
     }
     f32x16 bias = {};
     if (w.bias) bias = load<f32x16>(w.bias + panel * LANES);
@@ -152,10 +159,11 @@ INLINE void multiply_panels(const Matrix& w, int64_t panel, int64_t count, const
     for (int64_t p = 0; p < count; p++)
         for (int64_t t = tile; t < end; t++) {
             float* to = out + ((t - tile) * count + p) * TILE * LANES;
-            if (w.format == Format::BLOCK4)
-                multiply_panel<Format::BLOCK4>(w, panel + p, x, t, to);
-            else
-                multiply_panel<Format::BLOCK8>(w, panel + p, x, t, to);
+            switch (w.format) {
+                case Format::BLOCK8: multiply_panel<Format::BLOCK8>(w, panel + p, x, t, to); break;
+                case Format::BLOCK4: multiply_panel<Format::BLOCK4>(w, panel + p, x, t, to); break;
+                case Format::ROW8: multiply_panel<Format::ROW8>(w, panel + p, x, t, to); break;
+            }
         }
 }
 
@@ -168,9 +176,9 @@ INLINE int64_t place_of(int64_t row, int64_t panel, int64_t count) {
 inline void read_row(const Matrix& w, int64_t row, float* to) {  // 8 bits only
     const int64_t panel = row / LANES, lane = row % LANES;
     const uint8_t* codes = w.codes + panel * w.panel_bytes() + 4 * lane;
-    const uint16_t* halves = w.scales + panel * w.groups() * LANES;
+    const uint16_t* halves = w.scales + panel * w.panel_scales();
     for (int64_t g = 0; g < w.groups(); g++) {
-        const float scale = half_to_float(halves + g * LANES)[lane];
+        const float scale = half_to_float(halves + (w.format == Format::ROW8 ? 0 : g * LANES))[lane];
         for (int64_t c = g * GROUP; c < (g + 1) * GROUP && c < w.columns; c++)
             to[c] = scale * float(int(codes[c / 4 * 64 + c % 4]) - 128);
     }

@@ -31,8 +31,21 @@ INLINE void store(T* to, V value) {
     std::memcpy(to, &value, sizeof value);
 }
 INLINE f32x16 splat(float x) { return x - f32x16{}; }
+INLINE i32x16 nearest(f32x16 x) {  // below 2^22: 1.5 * 2^23 leaves the nearest whole number in the lowest bits
+    return (i32x16)(x + 12582912.0f) - 0x4b400000;
+}
 INLINE f32x16 to_float(i32x16 x) { return __builtin_convertvector(x, f32x16); }
 INLINE f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
+INLINE bool any_larger(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#else
+    int32_t found = 0;
+    const i32x16 above = a > b;
+    for (int i = 0; i < 16; i++) found |= above[i];
+    return found;
+#endif
+}
 INLINE f32x16 size_of(f32x16 x) { return (f32x16)((u32x16)x & 0x7fffffff); }
 
 typedef float f32x8 __attribute__((vector_size(32)));

@@ -5,7 +5,10 @@
 //   norm, quantise | q k v, rotate, store in the cache | attend | quantise | out, add | norm, quantise |
 //   gate and up, activate, quantise | down, add |
 #include <algorithm>
+#include <atomic>
 #include <memory>
+#include <new>
+#include <type_traits>
 
 #include "attention.h"
 #include "product.h"
@@ -22,6 +25,7 @@ struct Task {  // attention: one head group of some tokens of a sequence
 };
 
 struct Buffers {
+    int64_t rows;
     float *x, *attended, *angles, *query_scales;
     char* queries;
     char *normed, *heads, *inner;  // quantised
@@ -33,7 +37,7 @@ char* scratch(int which, int64_t bytes) {
     struct Byte {  // a type of this instruction set: so are the vector's own functions then
         char value;
     };
-    static thread_local std::vector<Byte> memory[8];
+    static thread_local std::vector<Byte> memory[10];
     if (int64_t(memory[which].size()) < bytes + 64) memory[which].resize(bytes + 64);
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory[which].data()) + 63) & ~uintptr_t(63));
 }
@@ -126,11 +130,19 @@ INLINE float peak_of(const float* x, int64_t size) {
 
 template <typename T>
 INLINE void to_whole(const float* x, int64_t size, float inverse, T* to) {
-    for (int64_t i = 0; i < size; i++) to[i] = T(std::lrintf(x[i] * inverse));
+    typedef T Wholes __attribute__((vector_size(LANES * sizeof(T))));
+    for (int64_t i = 0; i < size; i += LANES)
+        store(to + i, __builtin_convertvector(nearest(load<f32x16>(x + i) * inverse), Wholes));
+}
+
+// The queries of a head of keys lie side by side, a token after the other.
+INLINE int64_t place_of_query(const Model& m, const Buffers& b, int64_t row, int64_t head) {
+    const int64_t group = m.heads / m.kv_heads;
+    return (head / group * b.rows + row) * group + head % group;
 }
 
 INLINE void put_query(const Model& m, Buffers& b, int64_t row, int64_t head, float* q) {
-    const int64_t dim = m.head_dim, place = row * m.heads + head;
+    const int64_t dim = m.head_dim, place = place_of_query(m, b, row, head);
     if (!m.kv_int8) {
         auto* to = reinterpret_cast<uint16_t*>(b.queries) + place * dim;
         for (int64_t i = 0; i < dim; i += LANES) store(to + i, to_bf16(load<f32x16>(q + i) * m.attention_scale));
@@ -148,8 +160,12 @@ INLINE void scatter(const T* from, int64_t dim, int64_t slot, bool is_key, T* bl
         return;
     }
     if (slot == 0) std::memset(block, 0, LANES * dim * sizeof(T));  // a weight of 0 must meet numbers, not leftovers
-    T* to = block + slot / 2 * 2 * dim + slot % 2;
-    for (int64_t e = 0; e < dim; e++) to[2 * e] = from[e];
+    typedef typename std::conditional<sizeof(T) == 1, uint16_t, uint32_t>::type Pair __attribute__((may_alias));
+    typedef typename std::make_unsigned<T>::type Bits;
+    Pair* to = reinterpret_cast<Pair*>(block + slot / 2 * 2 * dim);
+    const int shift = slot % 2 ? 8 * sizeof(T) : 0;
+    const Pair kept = Pair(Pair(Bits(~Bits(0))) << (8 * sizeof(T) - shift));
+    for (int64_t e = 0; e < dim; e++) to[e] = Pair((to[e] & kept) | (Pair(Bits(from[e])) << shift));
 }
 
 // A key or value of one head into its slot of the cache.
@@ -214,22 +230,16 @@ INLINE void ask_for(const Model& m, int64_t layer, const Task& task) {
 template <typename KV, typename Q>
 INLINE void attend_task(const Model& m, int64_t layer, const Task& task, Buffers& b) {
     const int64_t dim = m.head_dim, group = m.heads / m.kv_heads, rows = task.tokens * group;
-    alignas(64) Q queries[QUERY_ROWS * 256];
-    float scales[QUERY_ROWS];
+    const int64_t first = task.span->row + task.first, place = place_of_query(m, b, first, task.head * group);
     float* out[QUERY_ROWS];
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t row = task.span->row + task.first + r / group;
-        const int64_t place = row * m.heads + task.head * group + r % group;
-        std::memcpy(queries + r * dim, reinterpret_cast<const Q*>(b.queries) + place * dim, dim * sizeof(Q));
-        scales[r] = m.kv_int8 ? b.query_scales[place] : 1.0f;
-        out[r] = b.attended + place * dim;
-    }
+    for (int64_t r = 0; r < rows; r++)
+        out[r] = b.attended + ((first + r / group) * m.heads + task.head * group + r % group) * dim;
     const int64_t head = (layer * m.kv_heads + task.head) * m.num_blocks;
     HeadCache<KV> cache{reinterpret_cast<const KV*>(m.keys) + head * LANES * dim,
                         reinterpret_cast<const KV*>(m.values) + head * LANES * dim, m.key_scales + head * LANES,
                         m.value_scales + head * LANES};
     QueryBlock work{task.tokens, group, task.span->start + task.first, m.layers[layer].window, task.span->blocks};
-    attend(work, cache, queries, scales, dim, out);
+    attend(work, cache, reinterpret_cast<const Q*>(b.queries) + place * dim, b.query_scales + place, dim, out);
 }
 
 // y += W x for some panels.
@@ -299,47 +309,65 @@ void list_tasks(const Model& m, const Step& step, int threads, Buffers& b) {
         });
 }
 
-// y [rows][w.rows] = W x, of the rows of x [..][w.columns] that `which` names (none: the first ones).
+// The largest number of each row and where it is, of equals the first; made of vectors that come in rising order.
+struct Largest {
+    f32x16 most = splat(-INFINITY);
+    i32x16 where = {};
+    void take(f32x16 values, int64_t column) {
+        if (!any_larger(values, most)) return;  // nearly always, after the first hundreds
+        where = values > most ? int32_t(column) + i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} : where;
+        most = larger(values, most);
+    }
+};
+// A score and its word as one number: the larger score's is larger, of equal scores the first word's.
+INLINE uint64_t rank(float score, int64_t word) {
+    score += 0.0f;  // -0 is 0
+    uint32_t bits;
+    std::memcpy(&bits, &score, 4);
+    bits = bits >> 31 ? ~bits : bits | 0x80000000;
+    return uint64_t(bits) << 32 | uint32_t(~word);
+}
+typedef std::atomic<uint64_t> Rank;
+
+// y [rows][w.rows] = W x, of the rows of x [..][w.columns] that `which` names (none: the first ones); and where the
+// largest of each row is. Either may be left out: the scores of 64 rows are 12 MB, all of whose lines would be written.
 INLINE void project(Worker& worker, const Matrix& w, const float* x, const int64_t* which, int64_t rows, char* memory,
-                    float* y) {
+                    float* y, Rank* best) {
     Activations quantised(memory, rows, w);
     worker.run(quantised.tiles(), [&](int64_t first, int64_t end) {
         quantise_rows(Model{}, nullptr, x, w.columns, quantised, first, end, which);
     });
     worker.run(w.panels, [&](int64_t first, int64_t end) {
         alignas(64) float out[LANES * TILE * TILES];
+        Largest* largest = best ? reinterpret_cast<Largest*>(scratch(8, rows * sizeof(Largest))) : nullptr;
+        for (int64_t row = 0; best && row < rows; row++) largest[row] = {};
         for (int64_t panel = first; panel < end; panel++) {
             const int64_t column = panel * LANES, left = std::min(LANES, w.rows - column);
             for (int64_t row = 0; row < rows; row++) {
                 if (row % (TILES * TILE) == 0) multiply_panels(w, panel, 1, quantised, row / TILE, out);
-                std::memcpy(y + row * w.rows + column, out + place_of(row, 0, 1), left * sizeof(float));
+                float* scores = out + place_of(row, 0, 1);
+                if (left < LANES) {
+                    if (y) std::memcpy(y + row * w.rows + column, scores, left * sizeof(float));
+                    for (int64_t i = left; i < LANES; i++) scores[i] = -INFINITY;
+                } else if (y) {
+                    store(y + row * w.rows + column, load<f32x16>(scores));
+                }
+                if (best) largest[row].take(load<f32x16>(scores), column);
             }
         }
+        for (int64_t row = 0; best && row < rows; row++) {
+            uint64_t known = best[row].load(), mine = 0;
+            for (int64_t i = 0; i < LANES; i++)
+                mine = std::max(mine, rank(largest[row].most[i], largest[row].where[i]));
+            while (mine > known && !best[row].compare_exchange_weak(known, mine)) {}
+        }
     });
-}
-
-// The place of the largest number, of equals the first.
-INLINE int64_t place_of_largest(const float* x, int64_t size) {
-    f32x16 most = splat(-INFINITY);
-    i32x16 where = {}, now = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES, now += int32_t(LANES)) {
-        const f32x16 v = load<f32x16>(x + i);
-        where = v > most ? now : where;
-        most = larger(v, most);
-    }
-    float peak = -INFINITY;
-    int64_t place = 0;
-    for (int64_t lane = 0; lane < LANES; lane++)
-        if (most[lane] > peak || (most[lane] == peak && where[lane] < place)) peak = most[lane], place = where[lane];
-    for (; i < size; i++)
-        if (x[i] > peak) peak = x[i], place = i;
-    return place;
 }
 
 void forward(const Model& m, const Step& step) {
     const int64_t rows = step.num_tokens, width = m.heads * m.head_dim, scored = int64_t(step.scored.size());
     Buffers b;
+    b.rows = rows;
     b.x = reinterpret_cast<float*>(scratch(1, rows * m.hidden * 4));
     b.attended = reinterpret_cast<float*>(scratch(2, rows * width * 4));
     b.angles = reinterpret_cast<float*>(scratch(3, rows * (m.head_dim + m.heads) * 4));
@@ -354,6 +382,8 @@ void forward(const Model& m, const Step& step) {
     b.normed = scratch(5, hidden_bytes);
     b.heads = scratch(6, heads_bytes);
     b.inner = scratch(7, inner_bytes);
+    Rank* best = reinterpret_cast<Rank*>(scratch(9, scored * sizeof(Rank)));
+    for (int64_t i = 0; i < scored; i++) new (best + i) Rank(rank(-INFINITY, 0));
     list_tasks(m, step, omp_get_max_threads(), b);
     as_a_team([&](Worker& worker) {
         const int64_t tiles = (rows + TILE - 1) / TILE;
@@ -396,19 +426,14 @@ void forward(const Model& m, const Step& step) {
             for (int64_t row = first; row < end; row++)
                 normalise(m, m.final_norm, b.x + row * m.hidden, step.hidden + row * m.hidden);
         });
-        if (scored) {
-            project(worker, m.head, step.hidden, step.scored.data(), scored, b.normed, step.logits);
-            worker.run(scored, [&](int64_t first, int64_t end) {
-                for (int64_t i = first; i < end; i++)
-                    step.best[i] = place_of_largest(step.logits + i * m.vocabulary, m.vocabulary);
-            });
-        }
+        if (scored) project(worker, m.head, step.hidden, step.scored.data(), scored, b.normed, step.logits, best);
     });
+    for (int64_t i = 0; i < scored; i++) step.best[i] = uint32_t(~best[i].load());
 }
 
 void product(const Matrix& w, const float* x, int64_t rows, float* y) {
     char* memory = scratch(5, Activations::bytes(rows, w.padded));
-    as_a_team([&](Worker& worker) { project(worker, w, x, nullptr, rows, memory, y); });
+    as_a_team([&](Worker& worker) { project(worker, w, x, nullptr, rows, memory, y, nullptr); });
 }
 
 void logits(const Model& m, const float* hidden, int64_t rows, float* out) { product(m.head, hidden, rows, out); }

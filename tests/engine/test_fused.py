@@ -23,7 +23,7 @@ from bimo.engine.scheduler import Scheduled
 from bimo.engine.sequence import Sequence
 from bimo.models.config import DecoderConfig, RopeConfig
 from bimo.models.decoder import Decoder
-from bimo.quant.weights import QuantisedWeight, quantise4, quantise8
+from bimo.quant.weights import QuantisedWeight, quantise4, quantise8, quantise_rows8, round_weight
 
 kernels = load_kernels()
 pytestmark = pytest.mark.skipif(kernels is None, reason="the C++ kernels are not built")
@@ -76,12 +76,12 @@ def make(
     decoder = random_decoder(settings)
     rounded: dict[str, torch.Tensor | QuantisedWeight] = {}
     for name, weight in decoder.named_parameters():
-        is_matrix = weight.ndim == 2 and name != "embed_positions.weight"
-        coarse = quant == "int4" and not name.startswith(("embed", "lm_head"))
-        if is_matrix and not (name.startswith("embed") and not decoder.config.tied_embeddings):
-            rounded[name] = quantise4(weight.detach()) if coarse else quantise8(weight.detach())
-        else:
-            rounded[name] = weight.detach().bfloat16().float() if name.startswith("embed_tokens") else weight.detach()
+        found = round_weight(name, weight.detach(), quant, tied=decoder.config.tied_embeddings)
+        if quant == "file" and isinstance(found, QuantisedWeight):  # as Q8_0 has them
+            found = quantise8(weight.detach())
+        elif name == "embed_tokens.weight" and isinstance(found, torch.Tensor):
+            found = found.bfloat16().float()
+        rounded[name] = found
     weights = fuse_weights(decoder.config, rounded.items(), quant)
     fused = FusedDecoder(decoder.config, weights, cache_dtype=cache_dtype, instruction_set=instruction_set)
     fused.make_cache(NUM_BLOCKS, 16)
@@ -133,7 +133,7 @@ def expected_hidden(decoder: Decoder, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("quant", ["int8", "int4", "file"])
 def test_every_family_computes_what_the_plain_decoder_does(name: str, quant: str) -> None:
     fused, decoder = make(MODELS[name], quant)
     ids = ids_of(1)
@@ -189,7 +189,7 @@ def test_products_against_float64(shape: tuple[int, int], rows: int, instruction
     torch.manual_seed(rows)
     weight, x, bias = torch.randn(shape) * 0.1, torch.randn(rows, shape[1]), torch.randn(shape[0])
     x[0, 0] = 50.0  # an outlier costs its own group only
-    for quantised in (quantise8(weight), quantise4(weight)):
+    for quantised in (quantise8(weight), quantise_rows8(weight), quantise4(weight)):
         packed = pack(quantised).with_bias(bias.numpy())
         groups = torch.nn.functional.pad(x, (0, -shape[1] % 32)).unflatten(1, (-1, 32)).double()
         scale = (groups.abs().amax(2, keepdim=True) / 127).clamp_min(1e-30)
@@ -205,7 +205,7 @@ def test_numbers_at_the_edge() -> None:
     weight[::2] = -1
     for instruction_set in SETS:
         for x in (torch.zeros(1, 64), torch.full((1, 64), 3e38), torch.full((1, 64), -1e-38), torch.eye(64)[:9]):
-            for quantised in (quantise8(weight), quantise4(weight)):
+            for quantised in (quantise8(weight), quantise_rows8(weight), quantise4(weight)):
                 packed = pack(quantised)
                 found = product(packed, x, instruction_set)
                 expected = x.double() @ weight.double().T

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from bimo.errors import CorruptModelError
-from bimo.quant.weights import QuantisedWeight, quantise4, quantise8, round_weight
+from bimo.quant.weights import QuantisedWeight, quantise4, quantise8, quantise_rows8, round_weight
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (16, 100), (1, 1), (3, 33)])
 def test_no_weight_is_off_by_more_than_half_a_step(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape)
-    for quantise, steps in ((quantise8, 254), (quantise4, 15)):
+    for quantise, steps in ((quantise8, 254), (quantise_rows8, 254), (quantise4, 15)):
         rounded = quantise(weight)
         assert rounded.codes.shape == shape and rounded.codes.dtype == torch.uint8
         widest = 2 * weight.abs().max() if steps == 254 else weight.max() - weight.min()
@@ -40,6 +40,7 @@ def test_zeros_and_constants() -> None:
     for value in (0.0, 1.0, -3.5):
         weight = torch.full((2, 64), value)
         assert torch.allclose(quantise8(weight).dequantise(), weight, rtol=1e-3)
+        assert torch.allclose(quantise_rows8(weight).dequantise(), weight, rtol=1e-3)
         assert torch.allclose(quantise4(weight).dequantise(), weight, rtol=1e-3)
 
 
@@ -47,7 +48,7 @@ def test_zeros_and_constants() -> None:
 def test_what_is_not_a_number_is_refused(bad: float) -> None:
     weight = torch.zeros(2, 64)
     weight[1, 40] = bad
-    for quantise in (quantise8, quantise4):
+    for quantise in (quantise8, quantise_rows8, quantise4):
         with pytest.raises(ValueError, match="not a number"):
             quantise(weight)
 
@@ -56,7 +57,7 @@ def test_rows_in_another_order() -> None:
     torch.manual_seed(2)
     weight = torch.randn(4, 40)
     index = torch.tensor([2, -1, 0])
-    for rounded in (quantise8(weight), quantise4(weight)):
+    for rounded in (quantise8(weight), quantise_rows8(weight), quantise4(weight)):
         picked = rounded.rows(index).dequantise()
         expected = rounded.dequantise()[[2, 0, 0]]
         expected[1] = 0
@@ -66,7 +67,7 @@ def test_rows_in_another_order() -> None:
 def test_large_matrices_are_rounded_in_slices_to_the_same() -> None:
     torch.manual_seed(3)
     weight = torch.randn(9000, 64)
-    for quantise in (quantise8, quantise4):
+    for quantise in (quantise8, quantise_rows8, quantise4):
         whole = quantise(weight)
         for first in (0, 4095, 4096, 8999):
             part = quantise(weight[first : first + 1])
@@ -80,11 +81,22 @@ def test_what_is_rounded_and_how_far() -> None:
         found = round_weight(name, weight, quant, tied=tied)
         return found.format if isinstance(found, QuantisedWeight) else None
 
-    assert form("layers.0.mlp.down_proj.weight", "int8", True) == "block8"
+    assert form("layers.0.mlp.down_proj.weight", "int8", True) == "row8"
     assert form("layers.0.mlp.down_proj.weight", "int4", True) == "block4"
     assert form("embed_tokens.weight", "int4", True) == form("lm_head.weight", "int4", False) == "block8"
     assert form("embed_tokens.weight", "int8", False) is None and form("embed_positions.weight", "int8", True) is None
     assert torch.equal(round_weight("final_norm.weight", weight[0], "int8", tied=True), weight[0])
+    weight[2, 2] = 40.0  # its row's steps would be too wide for the rest of it
+    assert form("layers.0.mlp.down_proj.weight", "int8", True) == "block8"
     weight[2, 2] = torch.nan
     with pytest.raises(CorruptModelError, match=r"lm_head\.weight: a weight is not a number.*fetch it again"):
         round_weight("lm_head.weight", weight, "int8", tied=False)
+
+
+def test_the_rounding_error_of_rows_is_what_rounding_changes() -> None:
+    torch.manual_seed(4)
+    weight = torch.randn(64, 576) * torch.rand(64, 1)
+    rounded = quantise_rows8(weight)
+    measured = float((rounded.dequantise() - weight).norm() / weight.norm())
+    assert rounded.rounding_error == pytest.approx(measured, rel=0.05)
+    assert quantise_rows8(torch.zeros(2, 64)).rounding_error == 0.0
