@@ -31,7 +31,7 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class QuantisedWeight:
-    """codes (rows, columns) uint8; scales (rows, columns / 32 rounded up) float16, of "row8" (rows, 1); minima (of 4 bits)
+    """codes (rows, columns) uint8; scales (rows, columns / 32 rounded up) float16, of "row8" (rows, 1); minima (4 bits)
     like scales."""
 
     format: str

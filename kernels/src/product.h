@@ -80,74 +80,88 @@ INLINE void clear_padding_rows(Activations& to, int64_t tile) {
         for (int64_t g = 0; g < to.groups; g++) quantise_group(to, row, g, {});
 }
 
-// One panel by one tile of MB rows -> out [MB][16].
+// One panel by `PAIR` tiles of MB rows -> out [MB][16], a tile's `apart` floats after the other's.
 //
 // One stream at a time: memory is read fastest in one long run, a run that the processor itself sees coming. With 8 rows
 // the products take as long as the reading, and one must go on during the other: the next panel is asked for ahead, each
-// tile asking for its share of it.
-template <int MB, Format FORMAT>
-INLINE void multiply(const Matrix& w, int64_t panel, const Activations& x, int64_t tile, float* out) {
+// tile asking for its share of it. Two tiles at once read the codes once, 5-10 % faster, as 16 sums fit into 32 registers.
+template <int MB, int PAIR, Format FORMAT>
+INLINE void multiply(const Matrix& w, int64_t panel, const Activations& x, int64_t tile, float* out, int64_t apart) {
     const int64_t groups = x.groups, tiles = x.tiles();
-    const int8_t* a = x.codes + tile * TILE * x.padded;
-    const float *scales = x.scales + tile * TILE * groups, *sums = x.sums + tile * TILE * groups;
-    const int32_t* starts = x.starts + tile * TILE * groups;
     constexpr int64_t CODE_BYTES = FORMAT == Format::BLOCK4 ? 256 : 512;  // of a group
     constexpr int64_t HALVES = FORMAT == Format::ROW8 ? 0 : FORMAT == Format::BLOCK4 ? 2 * LANES : LANES;
     const uint8_t* codes = w.codes + panel * w.panel_bytes();
     const uint16_t* halves = w.scales + panel * w.panel_scales();
-    f32x16 total[MB] = {};
-    for (int64_t g = 0; g < groups; g++) {
+    const int8_t* a = x.codes + tile * TILE * x.padded;
+    const int64_t next_tile = TILE * x.padded, next_groups = TILE * groups;
+    const int64_t first = tile * TILE * groups;
+    const float *scales = x.scales + first, *sums = x.sums + first;
+    const int32_t* starts = x.starts + first;
+    alignas(64) float total[PAIR][MB][LANES] = {};
+    for (int64_t g = 0; g < groups; g++, scales += MB, sums += MB, starts += MB, a += GROUP * MB) {
         if constexpr (MB == TILE) {
-            for (int64_t line = 64 * tile; line < CODE_BYTES; line += 64 * tiles)
-                __builtin_prefetch(codes + w.panel_bytes() + line, 0, 2);
+            for (int t = 0; t < PAIR; t++)
+                for (int64_t line = 64 * (tile + t); line < CODE_BYTES; line += 64 * tiles)
+                    __builtin_prefetch(codes + w.panel_bytes() + line, 0, 2);
             if (HALVES && tile == 0) __builtin_prefetch(halves + groups * HALVES, 0, 2);
         }
-        i32x16 part[MB];
-        for (int m = 0; m < MB; m++) part[m] = FORMAT == Format::BLOCK4 ? i32x16{} : starts[g * MB + m] - i32x16{};
+        i32x16 part[PAIR][MB];
+        for (int t = 0; t < PAIR; t++)
+            for (int m = 0; m < MB; m++)
+                part[t][m] = FORMAT == Format::BLOCK4 ? i32x16{} : starts[t * next_groups + m] - i32x16{};
+        const auto add = [&](const Codes& c, int s) __attribute__((always_inline)) {
+            for (int t = 0; t < PAIR; t++)
+                for (int m = 0; m < MB; m++) part[t][m] = dot4(part[t][m], c, a + t * next_tile + 4 * (s * MB + m));
+        };
         if constexpr (FORMAT == Format::BLOCK4) {
 #pragma GCC unroll 4
             for (int s = 0; s < 4; s++) {
                 Codes low, high;
                 load_halves(codes + 64 * s, low, high);
-                for (int m = 0; m < MB; m++) part[m] = dot4(part[m], low, a + 4 * (s * MB + m));
-                for (int m = 0; m < MB; m++) part[m] = dot4(part[m], high, a + 4 * ((s + 4) * MB + m));
+                add(low, s);
+                add(high, s + 4);
             }
         } else {
 #pragma GCC unroll 4
-            for (int s = 0; s < 8; s++) {
-                const Codes c = load_codes(codes + 64 * s);
-                for (int m = 0; m < MB; m++) part[m] = dot4(part[m], c, a + 4 * (s * MB + m));
+            for (int s = 0; s < 8; s++) add(load_codes(codes + 64 * s), s);
+        }
+        f32x16 scale = {}, minimum = {};
+        if constexpr (FORMAT != Format::ROW8) scale = half_to_float(halves);
+        if constexpr (FORMAT == Format::BLOCK4) minimum = half_to_float(halves + LANES);
+        for (int t = 0; t < PAIR; t++)
+            for (int m = 0; m < MB; m++) {
+                const float own = scales[t * next_groups + m];
+                f32x16 sum = load<f32x16>(total[t][m]);
+                sum += to_float(part[t][m]) * (FORMAT == Format::ROW8 ? splat(own) : scale * own);
+                if constexpr (FORMAT == Format::BLOCK4) sum += minimum * sums[t * next_groups + m];
+                store(total[t][m], sum);
             }
-        }
-        if constexpr (FORMAT == Format::ROW8) {
-            for (int m = 0; m < MB; m++) total[m] += to_float(part[m]) * scales[g * MB + m];
-        } else {
-            const f32x16 scale = half_to_float(halves);
-            for (int m = 0; m < MB; m++) total[m] += to_float(part[m]) * (scale * scales[g * MB + m]);
-        }
-        if constexpr (FORMAT == Format::BLOCK4) {
-            const f32x16 minimum = half_to_float(halves + LANES);
-            for (int m = 0; m < MB; m++) total[m] += minimum * sums[g * MB + m];
-        }
-        codes += CODE_BYTES, halves += HALVES, a += GROUP * MB;
+        codes += CODE_BYTES, halves += HALVES;
     }
-    if constexpr (FORMAT == Format::ROW8) {
-        const f32x16 scale = half_to_float(halves);
-        for (int m = 0; m < MB; m++) total[m] *= scale;
-    }
-    f32x16 bias = {};
+    f32x16 bias = {}, scale = splat(1.0f);
     if (w.bias) bias = load<f32x16>(w.bias + panel * LANES);
-    for (int m = 0; m < MB; m++) store(out + m * LANES, total[m] + bias);
+    if constexpr (FORMAT == Format::ROW8) scale = half_to_float(halves);
+    for (int t = 0; t < PAIR; t++)
+        for (int m = 0; m < MB; m++) store(out + t * apart + m * LANES, load<f32x16>(total[t][m]) * scale + bias);
 }
 
+// Returns how many tiles it took.
 template <Format FORMAT>
-void multiply_panel(const Matrix& w, int64_t panel, const Activations& x, int64_t tile, float* out) {
-    switch (x.width(tile)) {
-        case 1: return multiply<1, FORMAT>(w, panel, x, tile, out);
-        case 2: return multiply<2, FORMAT>(w, panel, x, tile, out);
-        case 4: return multiply<4, FORMAT>(w, panel, x, tile, out);
-        default: return multiply<TILE, FORMAT>(w, panel, x, tile, out);
+int64_t multiply_panel(const Matrix& w, int64_t panel, const Activations& x, int64_t tile, int64_t end, float* out,
+                       int64_t apart) {
+#if defined(__AVX512F__)
+    if (tile + 1 < end && x.width(tile + 1) == TILE) {
+        multiply<TILE, 2, FORMAT>(w, panel, x, tile, out, apart);
+        return 2;
     }
+#endif
+    switch (x.width(tile)) {
+        case 1: multiply<1, 1, FORMAT>(w, panel, x, tile, out, apart); break;
+        case 2: multiply<2, 1, FORMAT>(w, panel, x, tile, out, apart); break;
+        case 4: multiply<4, 1, FORMAT>(w, panel, x, tile, out, apart); break;
+        default: multiply<TILE, 1, FORMAT>(w, panel, x, tile, out, apart); break;
+    }
+    return 1;
 }
 
 constexpr int64_t TILES = 8;  // tiles that a panel, once it is near, is multiplied by before the next one
@@ -155,14 +169,14 @@ constexpr int64_t TILES = 8;  // tiles that a panel, once it is near, is multipl
 // `count` panels from `panel` on by up to TILES tiles from `tile` on -> out [tile][panel][TILE][16].
 INLINE void multiply_panels(const Matrix& w, int64_t panel, int64_t count, const Activations& x, int64_t tile,
                             float* out) {
-    const int64_t end = std::min(tile + TILES, x.tiles());
+    const int64_t end = std::min(tile + TILES, x.tiles()), apart = count * TILE * LANES;
     for (int64_t p = 0; p < count; p++)
-        for (int64_t t = tile; t < end; t++) {
-            float* to = out + ((t - tile) * count + p) * TILE * LANES;
+        for (int64_t t = tile; t < end;) {
+            float* to = out + (t - tile) * apart + p * TILE * LANES;
             switch (w.format) {
-                case Format::BLOCK8: multiply_panel<Format::BLOCK8>(w, panel + p, x, t, to); break;
-                case Format::BLOCK4: multiply_panel<Format::BLOCK4>(w, panel + p, x, t, to); break;
-                case Format::ROW8: multiply_panel<Format::ROW8>(w, panel + p, x, t, to); break;
+                case Format::BLOCK8: t += multiply_panel<Format::BLOCK8>(w, panel + p, x, t, end, to, apart); break;
+                case Format::BLOCK4: t += multiply_panel<Format::BLOCK4>(w, panel + p, x, t, end, to, apart); break;
+                case Format::ROW8: t += multiply_panel<Format::ROW8>(w, panel + p, x, t, end, to, apart); break;
             }
         }
 }
