@@ -6,13 +6,14 @@ prompt costs two operations a weight, plus attention.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from bimo.models.config import DecoderConfig
 
-__all__ = ["Limits", "measure_limits"]
+__all__ = ["Limits", "gemv_rate", "measure_limits"]
 
 BYTES_A_WEIGHT = {"int8": 1.0, "bf16": 2.0, "f32": 4.0}
 REPEATS = 7
@@ -24,6 +25,7 @@ class Limits:
 
     read_bytes: float  # bytes/s, a torch sum over 512 MB
     gemv_bytes: float | None  # bytes/s, an int8 matrix-vector product over the model's size; None without the kernels
+    gemv_best: float | None  # the same at the best of times
     gemm_bf16: float  # operations/s, a torch product of 2048 x 2048 matrices
     gemm_int8: float | None  # the same in int8, None where torch has none
 
@@ -48,7 +50,9 @@ class Limits:
         return rate / (products + attention)
 
     def __str__(self) -> str:
-        gemv = f"{self.gemv_bytes / 1e9:.1f} GB/s" if self.gemv_bytes else "not measured (the kernels lack gemv_rate)"
+        gemv = "not measured (without the kernels)"
+        if self.gemv_bytes and self.gemv_best:
+            gemv = f"{self.gemv_bytes / 1e9:.1f} GB/s (median; at best {self.gemv_best / 1e9:.1f})"
         int8 = f", in int8 {self.gemm_int8 / 1e9:,.0f}" if self.gemm_int8 else ""
         return (
             f"reading {self.read_bytes / 1e9:.1f} GB/s, int8 matrix-vector {gemv}, "
@@ -57,7 +61,9 @@ class Limits:
 
 
 def measure_limits(num_bytes: int) -> Limits:
-    """The best of some repeats of each; `num_bytes` is the size of the model's int8 weights."""
+    """The best of some repeats of each; of matrix-vector products also the median, to be measured again beside each
+    round of generation (`gemv_rate`), as memory's pace doubles and halves within minutes on a shared machine.
+    `num_bytes` is the size of the model's int8 weights."""
     import torch
 
     from bimo.runtime import cpu_threads
@@ -74,15 +80,18 @@ def measure_limits(num_bytes: int) -> Limits:
         int8 = 2 * size**3 / _fastest(lambda: torch._int_mm(small, small))
     except (AttributeError, RuntimeError):
         int8 = None
-    return Limits(read_bytes=read, gemv_bytes=_gemv_rate(num_bytes), gemm_bf16=bf16, gemm_int8=int8)
+    rates = [rate for _ in range(REPEATS) if (rate := gemv_rate(num_bytes))]
+    median, best = (statistics.median(rates), max(rates)) if rates else (None, None)
+    return Limits(read_bytes=read, gemv_bytes=median, gemv_best=best, gemm_bf16=bf16, gemm_int8=int8)
 
 
-def _gemv_rate(num_bytes: int) -> float | None:
+def gemv_rate(num_bytes: int) -> float | None:
+    """Bytes/s of an int8 matrix-vector product now; None without the kernels."""
     try:
-        from bimo_kernels import gemv_rate
+        import bimo_kernels
     except ImportError:
         return None
-    return max(gemv_rate(num_bytes) for _ in range(REPEATS))
+    return bimo_kernels.gemv_rate(num_bytes)
 
 
 def _fastest(call: Callable[[], object]) -> float:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from rich.console import Console
 
 from benchmarks.engines import ENGINES
 from benchmarks.http_load import chat_body, free_port, is_ready, run_load
-from benchmarks.limits import Limits, measure_limits
+from benchmarks.limits import Limits, gemv_rate, measure_limits
 from benchmarks.peers import SetupError, model_file, set_up
 from benchmarks.processes import EngineFailed, Server, Worker
 from benchmarks.prompts import QUESTIONS, Prompts
@@ -59,6 +59,7 @@ class Run:
     results: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
     failures: list[dict[str, str]] = field(default_factory=list)
     loaded: dict[str, float] = field(default_factory=dict)
+    gemv: list[float] = field(default_factory=list)  # bytes/s, beside each round of one request
 
     def __post_init__(self) -> None:
         self.directory = resolve(self.model)
@@ -121,6 +122,8 @@ class Run:
         """Round after round, each engine once; round 0 warms up."""
         number = list(WORKLOADS).index(workload) * 1000  # no workload's prompts are another's
         for round_number in range(self.rounds + 1):
+            if workload.startswith("single") and (rate := gemv_rate(self.config.num_parameters)):
+                self.gemv.append(rate)
             for engine, measure in list(measures.items()):
                 start = time.monotonic()
                 try:
@@ -244,6 +247,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     limits = measure_limits(run.config.num_parameters)
     run.measure([workload for workload in WORKLOADS if workload in chosen])
+    if run.gemv:
+        limits = replace(
+            limits, gemv_bytes=statistics.median(run.gemv), gemv_best=max(limits.gemv_best or 0, *run.gemv)
+        )
     shares = run.shares(limits)
     found: dict[str, Any] = {
         "model": arguments.model,

@@ -224,6 +224,10 @@ INLINE void ask_for(const Model& m, int64_t layer, const Task& task) {
         const int64_t at = (head + task.span->blocks[b]) * bytes;
         for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(m.keys + at + line, 0, 2);
         for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(m.values + at + line, 0, 2);
+        if (m.kv_int8) {
+            __builtin_prefetch(m.key_scales + (head + task.span->blocks[b]) * LANES, 0, 2);
+            __builtin_prefetch(m.value_scales + (head + task.span->blocks[b]) * LANES, 0, 2);
+        }
     }
 }
 
