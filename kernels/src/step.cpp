@@ -187,18 +187,20 @@ INLINE void put_cache(const Model& m, int64_t layer, int64_t head, bool is_key, 
     scales[slot] = peak / 127.0f;
 }
 
-// Heads of q, k and v: a head is head_dim / 16 panels of the matrix, and belongs to one thread.
+// Heads of q, k and v for up to 64 rows each: a head is head_dim / 16 panels of the matrix.
 INLINE void make_heads(const Model& m, int64_t number_of_layer, const Step& step, const Activations& normed, Buffers& b,
                        int64_t first, int64_t end) {
     const Layer& layer = m.layers[number_of_layer];
     const int64_t dim = m.head_dim, panels = dim / LANES;
     alignas(64) float out[256 * TILE * TILES], head[256];
-    for (int64_t h = first; h < end; h++) {
+    const int64_t per_head = (normed.tiles() + TILES - 1) / TILES;
+    for (int64_t part = first; part < end; part++) {
+        const int64_t h = part / per_head, begin = part % per_head * TILES * TILE;
         const bool is_query = h < m.heads, is_key = !is_query && h < m.heads + m.kv_heads;
         const float* norm = is_query ? layer.q_norm : is_key ? layer.k_norm : nullptr;
         const Span* span = step.spans.data();
-        for (int64_t row = 0; row < step.num_tokens; row++) {
-            if (row % (TILES * TILE) == 0) multiply_panels(layer.qkv, h * panels, panels, normed, row / TILE, out);
+        multiply_panels(layer.qkv, h * panels, panels, normed, begin / TILE, out);
+        for (int64_t row = begin; row < std::min(step.num_tokens, begin + TILES * TILE); row++) {
             for (int64_t p = 0; p < panels; p++)
                 store(head + p * LANES, load<f32x16>(out + place_of(row, p, panels)));
             if (is_query || is_key) turn(m, norm, b.angles + row * dim, head);
@@ -389,7 +391,7 @@ void forward(const Model& m, const Step& step) {
     Rank* best = reinterpret_cast<Rank*>(scratch(9, scored * sizeof(Rank)));
     for (int64_t i = 0; i < scored; i++) new (best + i) Rank(rank(-INFINITY, 0));
     list_tasks(m, step, omp_get_max_threads(), b);
-    as_a_team([&](Worker& worker) {
+    as_a_team(rows, [&](Worker& worker) {
         const int64_t tiles = (rows + TILE - 1) / TILE;
         worker.run(rows, [&](int64_t first, int64_t end) { look_up(m, step, b, first, end); });
         for (int64_t l = 0; l < int64_t(m.layers.size()); l++) {
@@ -398,7 +400,7 @@ void forward(const Model& m, const Step& step) {
             worker.run(tiles, [&](int64_t first, int64_t end) {
                 quantise_rows(m, &layer.attention_norm, b.x, m.hidden, normed, first, end);
             });
-            worker.run(m.heads + 2 * m.kv_heads,
+            worker.run((m.heads + 2 * m.kv_heads) * ((tiles + TILES - 1) / TILES),
                        [&](int64_t first, int64_t end) { make_heads(m, l, step, normed, b, first, end); });
             worker.run(int64_t(b.tasks.size()), [&](int64_t first, int64_t end) {
                 for (int64_t t = first; t < end; t++) {
@@ -437,7 +439,7 @@ void forward(const Model& m, const Step& step) {
 
 void product(const Matrix& w, const float* x, int64_t rows, float* y) {
     char* memory = scratch(5, Activations::bytes(rows, w.padded));
-    as_a_team([&](Worker& worker) { project(worker, w, x, nullptr, rows, memory, y, nullptr); });
+    as_a_team(rows, [&](Worker& worker) { project(worker, w, x, nullptr, rows, memory, y, nullptr); });
 }
 
 void logits(const Model& m, const float* hidden, int64_t rows, float* out) { product(m.head, hidden, rows, out); }
@@ -446,7 +448,7 @@ void logits(const Model& m, const float* hidden, int64_t rows, float* out) { pro
 double read_codes(const uint8_t* codes, int64_t bytes) {
     static const int8_t ones[4] = {1, 1, 1, 1};
     std::atomic<int64_t> total{0};
-    as_a_team([&](Worker& worker) {
+    as_a_team(1, [&](Worker& worker) {
         worker.run(bytes / 256, [&](int64_t first, int64_t end) {
             i32x16 sums[4] = {};
             for (int64_t i = first; i < end; i++)

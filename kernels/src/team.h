@@ -31,13 +31,13 @@ struct Team {
 // One thread's way through the phases; all threads call `run` with the same counts in the same order.
 class Worker {
    public:
-    Worker(Team& team, int64_t number) : team_(team), number_(number) {}
+    Worker(Team& team, int64_t number, int64_t pieces) : team_(team), number_(number), pieces_(pieces) {}
 
     // Do work(first, end) over `count` things, in pieces; returns when all of them are done. A thread's own pieces lie
     // side by side, so that it reads its part of a matrix in one run: a fifth faster than pieces in turns.
     template <typename Work>
     void run(int64_t count, Work&& work) {
-        const int64_t threads = int64_t(team_.shares.size()), size = (count + PIECES * threads - 1) / (PIECES * threads);
+        const int64_t threads = int64_t(team_.shares.size()), size = (count + pieces_ * threads - 1) / (pieces_ * threads);
         const int64_t pieces = (count + size - 1) / size;
         for (int64_t i = 0; i < threads; i++) {
             const int64_t owner = (number_ + i) % threads;
@@ -58,8 +58,6 @@ class Worker {
     }
 
    private:
-    static constexpr int64_t PIECES = 6;  // of each thread: what is left at the end of a phase is that much smaller
-
     int64_t take(Team::Share& share, int64_t own) {
         uint64_t now = share.taken.load(std::memory_order_acquire);
         while (now >> 32 == phase_ && int64_t(now & 0xffffffff) < own)
@@ -72,22 +70,27 @@ class Worker {
         team_.phase.store(phase_ + 1, std::memory_order_release);
     }
     Team& team_;
-    const int64_t number_;
+    const int64_t number_, pieces_;
     uint64_t phase_ = 0;
 };
 
+// Pieces of each thread: what is left at the end of a phase is that much smaller. Of one row's products a piece is over
+// in microseconds, and long runs of memory count; of many rows' the end counts.
+constexpr int64_t PIECES = 6, PIECES_OF_MANY_ROWS = 18, MANY_ROWS = 128;
+
 // Call work(worker) in every thread.
 template <typename Work>
-void as_a_team(Work&& work) {
+void as_a_team(int64_t rows, Work&& work) {
     struct Job {
         Team team;
         Work& work;
-    } job{Team(omp_get_max_threads()), work};
+        int64_t pieces;
+    } job{Team(omp_get_max_threads()), work, rows < MANY_ROWS ? PIECES : PIECES_OF_MANY_ROWS};
     in_parallel(
         int(job.team.shares.size()),
         [](void* data, int number) {
             Job& job = *static_cast<Job*>(data);
-            Worker worker(job.team, number);
+            Worker worker(job.team, number, job.pieces);
             job.work(worker);
         },
         &job);
