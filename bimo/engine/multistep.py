@@ -20,6 +20,7 @@ from bimo.engine.speculation import Speculation
 __all__ = ["MultiStep", "several_steps"]
 
 _MOST = 16  # steps of one call
+_FEW = 16  # sequences; each of more is so slow that three times as long a wait is a word or two
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,4 +48,6 @@ def several_steps(
         ends |= sequence.eos_token_ids
         ends.update(sequence.sampling.stop_token_ids)
     steps = scheduler.reserve_steps([work.sequence for work in plan], steps)
+    if len(plan) > _FEW:
+        seconds *= 3
     return MultiStep(max(steps, 1), seconds, tuple(ends))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from bimo.backends.local import LocalBackend
 from bimo.serving.app import create_app
+from bimo.serving.streaming import _Doorbell
 from bimo.tokenizer.load import Tokenizer
 from tests.serving.live import LiveServer, live, until
 from tests.serving.scripted import ScriptedBackend
@@ -125,3 +127,26 @@ async def test_a_model_that_is_still_loading(tokenizer: Tokenizer) -> None:
         app.state.service.attach(ScriptedBackend(tokenizer, lambda _: "好"))
         assert (await client.get("/health")).json() == {"status": "ok", "model": "scripted"}
         assert (await client.post("/v1/chat/completions", json=CHAT)).json()["choices"][0]["message"]["content"] == "好"
+
+
+def test_one_call_into_the_loop_wakes_all_readers() -> None:
+    """With 64 streams the engine's thread would make 64 system calls between two steps."""
+
+    async def ring_all() -> None:
+        loop, calls = asyncio.get_running_loop(), []
+        schedule = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *work: (calls.append(work), schedule(*work))[1]
+        readers = [asyncio.Event() for _ in range(64)]
+        for _ in range(3):
+            for reader in readers:
+                reader.clear()
+                _Doorbell.here().ring(reader)
+            await asyncio.gather(*(asyncio.wait_for(reader.wait(), 60) for reader in readers))
+        assert len(calls) == 3
+        for reader in readers:  # from another thread, while the loop answers
+            reader.clear()
+        bell = _Doorbell.here()
+        await asyncio.gather(*(asyncio.to_thread(bell.ring, reader) for reader in readers))
+        await asyncio.gather(*(asyncio.wait_for(reader.wait(), 60) for reader in readers))
+
+    asyncio.run(ring_all())
