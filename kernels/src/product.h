@@ -132,8 +132,8 @@ INLINE void multiply(const Matrix& w, int64_t panel, const Activations& x, int64
             for (int m = 0; m < MB; m++) {
                 const float own = scales[t * next_groups + m];
                 f32x16 sum = load<f32x16>(total[t][m]);
-                sum += to_float(part[t][m]) * (FORMAT == Format::ROW8 ? splat(own) : scale * own);
-                if constexpr (FORMAT == Format::BLOCK4) sum += minimum * sums[t * next_groups + m];
+                sum = multiply_add(to_float(part[t][m]), FORMAT == Format::ROW8 ? splat(own) : scale * own, sum);
+                if constexpr (FORMAT == Format::BLOCK4) sum = multiply_add(minimum, splat(sums[t * next_groups + m]), sum);
                 store(total[t][m], sum);
             }
         codes += CODE_BYTES, halves += HALVES;
@@ -142,7 +142,7 @@ INLINE void multiply(const Matrix& w, int64_t panel, const Activations& x, int64
     if (w.bias) bias = load<f32x16>(w.bias + panel * LANES);
     if constexpr (FORMAT == Format::ROW8) scale = half_to_float(halves);
     for (int t = 0; t < PAIR; t++)
-        for (int m = 0; m < MB; m++) store(out + t * apart + m * LANES, load<f32x16>(total[t][m]) * scale + bias);
+        for (int m = 0; m < MB; m++) store(out + t * apart + m * LANES, multiply_add(load<f32x16>(total[t][m]), scale, bias));
 }
 
 // Returns how many tiles it took.

@@ -35,6 +35,21 @@ INLINE i32x16 nearest(f32x16 x) {  // below 2^22: 1.5 * 2^23 leaves the nearest 
     return (i32x16)(x + 12582912.0f) - 0x4b400000;
 }
 INLINE f32x16 to_float(i32x16 x) { return __builtin_convertvector(x, f32x16); }
+// a b + c, rounded once where the processor can. Said, not left to the compiler: it contracts the same line in one copy of a
+// loop and not in another, and a token's result would depend on who is computed beside it.
+INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    __m256 x[2], y[2], z[2];
+    std::memcpy(x, &a, sizeof a), std::memcpy(y, &b, sizeof b), std::memcpy(z, &c, sizeof c);
+    for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+    std::memcpy(&c, z, sizeof c);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
 INLINE f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
 INLINE bool any_larger(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)

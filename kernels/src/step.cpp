@@ -187,20 +187,27 @@ INLINE void put_cache(const Model& m, int64_t layer, int64_t head, bool is_key, 
     scales[slot] = peak / 127.0f;
 }
 
-// Heads of q, k and v for up to 64 rows each: a head is head_dim / 16 panels of the matrix.
+// Heads of q, k and v, head_dim / 16 panels of the matrix each. A head of k or v belongs to one thread, whose tokens
+// share the cache's blocks and words; heads of q are shared out 64 rows at a time as well.
+INLINE int64_t head_parts(const Model& m, int64_t tiles) {
+    return 2 * m.kv_heads + m.heads * ((tiles + TILES - 1) / TILES);
+}
 INLINE void make_heads(const Model& m, int64_t number_of_layer, const Step& step, const Activations& normed, Buffers& b,
                        int64_t first, int64_t end) {
     const Layer& layer = m.layers[number_of_layer];
     const int64_t dim = m.head_dim, panels = dim / LANES;
     alignas(64) float out[256 * TILE * TILES], head[256];
-    const int64_t per_head = (normed.tiles() + TILES - 1) / TILES;
+    const int64_t chunks = (normed.tiles() + TILES - 1) / TILES;
     for (int64_t part = first; part < end; part++) {
-        const int64_t h = part / per_head, begin = part % per_head * TILES * TILE;
-        const bool is_query = h < m.heads, is_key = !is_query && h < m.heads + m.kv_heads;
+        const int64_t of_query = part - 2 * m.kv_heads;  // keys and values, which are longest, come first
+        const bool is_query = of_query >= 0, is_key = part < m.kv_heads;
+        const int64_t h = is_query ? of_query / chunks : m.heads + part;
+        const int64_t begin = is_query ? of_query % chunks * TILES * TILE : 0;
+        const int64_t until = is_query ? std::min(step.num_tokens, begin + TILES * TILE) : step.num_tokens;
         const float* norm = is_query ? layer.q_norm : is_key ? layer.k_norm : nullptr;
         const Span* span = step.spans.data();
-        multiply_panels(layer.qkv, h * panels, panels, normed, begin / TILE, out);
-        for (int64_t row = begin; row < std::min(step.num_tokens, begin + TILES * TILE); row++) {
+        for (int64_t row = begin; row < until; row++) {
+            if (row % (TILES * TILE) == 0) multiply_panels(layer.qkv, h * panels, panels, normed, row / TILE, out);
             for (int64_t p = 0; p < panels; p++)
                 store(head + p * LANES, load<f32x16>(out + place_of(row, p, panels)));
             if (is_query || is_key) turn(m, norm, b.angles + row * dim, head);
@@ -400,7 +407,7 @@ void forward(const Model& m, const Step& step) {
             worker.run(tiles, [&](int64_t first, int64_t end) {
                 quantise_rows(m, &layer.attention_norm, b.x, m.hidden, normed, first, end);
             });
-            worker.run((m.heads + 2 * m.kv_heads) * ((tiles + TILES - 1) / TILES),
+            worker.run(head_parts(m, tiles),
                        [&](int64_t first, int64_t end) { make_heads(m, l, step, normed, b, first, end); });
             worker.run(int64_t(b.tasks.size()), [&](int64_t first, int64_t end) {
                 for (int64_t t = first; t < end; t++) {

@@ -229,6 +229,23 @@ def test_any_number_of_threads_computes_the_same(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_a_long_prompt_is_the_same_however_it_is_shared_out(cache_dtype: str, threads: int) -> None:
+    """Threads must not write into the same words of the cache: tokens of a block, pairs of values."""
+    fused, _ = make(MODELS["llama"], cache_dtype=cache_dtype)
+    ids, spans = ids_of(11, 450), [(0, 150, blocks_of(0)), (0, 300, blocks_of(1))]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = hidden_of(fused, ids, spans)
+        torch.set_num_threads(threads)
+        for _ in range(60):
+            assert torch.equal(hidden_of(fused, ids, spans), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_forked_process_and_another_thread_compute_the_same() -> None:
     fused, _ = make(MODELS["llama"])
     ids = ids_of(9, 40)
