@@ -44,6 +44,8 @@ def several_steps(
         sequence = work.sequence
         if work.count > 1 or not work.num_scored or sequence.gang or not chooses_best(sequence):
             return None
+        if sequence.sampling.prompt_logprobs is not None and work.start < sequence.num_prompt:
+            return None  # a prompt of one token, or the last of it, whose hidden state is asked for
         steps = min(steps, sequence.max_tokens - sequence.num_output)
         ends |= sequence.eos_token_ids
         ends.update(sequence.sampling.stop_token_ids)

@@ -146,6 +146,13 @@ def test_an_end_token_ends_the_call(fused_engine, plain) -> None:
     assert engine.stats.steps == place + 1 and len(calls) <= 2
 
 
+def test_a_prompt_of_one_token_has_its_log_probabilities(fused_engine) -> None:
+    sampling = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, prompt_logprobs=1)
+    found = [run(fused_engine(s), [Request(prompt_token_ids=[9], sampling=sampling)])[0] for s in (0.0, FOREVER)]
+    assert found[0].prompt_logprobs == found[1].prompt_logprobs == [None]
+    assert same(found[1], found[0])
+
+
 def test_constrained_answers_are_asked_for_every_token(fused_engine) -> None:
     engine = fused_engine()
     calls = count_calls(engine)
