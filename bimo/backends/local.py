@@ -287,7 +287,7 @@ class LocalBackend:
             try:
                 if self.engine.stats.steps - tidied >= TIDY_STEPS:
                     tidied = self.engine.stats.steps
-                    return_free_memory()
+                    self._tidy()
                 if not self.engine.has_work:
                     self._next_command()()
                 while not self._commands.empty():
@@ -303,12 +303,16 @@ class LocalBackend:
             self._hand_out(self.engine.abort(request_id))
 
     def _next_command(self) -> Callable[[], None]:
-        """Wait for a command; after a quiet second give freed memory back (the next step has to ask for it again)."""
+        """Wait for a command; after a quiet second tidy up (the next step has to ask for its memory again)."""
         try:
             return self._commands.get(timeout=1)
         except queue.Empty:
-            return_free_memory()
+            self._tidy()
             return self._commands.get()
+
+    def _tidy(self) -> None:
+        self.engine.settle()
+        return_free_memory()
 
     def _add(self, request: Request) -> None:
         try:

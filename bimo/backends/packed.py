@@ -1,12 +1,14 @@
-"""Weights as the kernels read them, kept on disk: a start then reads 150 MB in a tenth of a second, where rounding and
-packing them again takes one, and importing torch for it another.
+"""Weights as the kernels read them, kept on disk: a start then takes a third of a second, where rounding and packing
+them again takes one, and importing torch for it another.
 
     $BIMO_HOME/packed/<model's folder>/<digest of the path>-<quant>.safetensors
 
-The layout is safetensors' (an 8-byte length, a JSON header, the bytes), so that any tool can look inside. A file is
-used only if it was made from the very files that are there now, by this version of rounding and kernels; else it is
-made again. It is a cache: nothing is lost with it, a disk without room costs only the time, and what was made from a
-model that is no longer there is swept up when the next one is written.
+The layout is safetensors' (an 8-byte length, a JSON header, the bytes), so that any tool can look inside. The file is
+mapped, not read: what the system still has of it in memory is used where it lies, by all processes; a quiet moment
+later each copies it (FusedDecoder.settle). A file is used only if it was made from the very files that are there now,
+by this version of rounding and kernels; else it is made again. It is a cache: nothing is lost with it, a disk without
+room costs only the time, and what was made from a model that is no longer there is swept up when the next one is
+written.
 """
 
 from __future__ import annotations
@@ -16,24 +18,25 @@ import hashlib
 import json
 import logging
 import math
+import mmap
 import os
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from bimo.engine.fused import FusedWeights
 from bimo.engine.kernels import INTERFACE, load_kernels
 from bimo.runtime import cache_home
+
+if TYPE_CHECKING:
+    from bimo.engine.fused import FusedWeights
 
 __all__ = ["ROUNDING", "PackedFile"]
 
 ROUNDING = 2  # raised when bimo.quant or engine.fusing makes other numbers of the same weights
-_TYPES = {"U8": np.uint8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+LAYOUT = 2  # raised when the same numbers are written in another order
+_TYPES = {"U8": "uint8", "BF16": "uint16", "F16": "float16", "F32": "float32"}
 _LONGEST_HEADER = 1 << 26
-_NAMES = {np.dtype(number): name for name, number in _TYPES.items()}
+_NAMES = {number: name for name, number in _TYPES.items()}
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, MemoryError)
 log = logging.getLogger(__name__)
 
@@ -49,14 +52,25 @@ class PackedFile:
         # looked at before the weights are read: who changes them meanwhile changes this
         files = [source] if source.is_file() else sorted([*source.glob("*.safetensors"), source / "config.json"])
         stats = [(file.name, file.stat()) for file in files]
-        self.made_from = [quant, INTERFACE, ROUNDING, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+        self.made_from = [
+            quant,
+            INTERFACE,
+            ROUNDING,
+            LAYOUT,
+            [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        ]
 
     def read(self) -> FusedWeights | None:
         """The weights as they were packed, or None where that must be done (again)."""
         try:
             with self.path.open("rb") as stream:
                 header, about = _read_header(stream)
-                return _read(stream, header, about) if about["made_from"] == self.made_from else None
+                if about["made_from"] != self.made_from:
+                    return None
+                memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                if hasattr(mmap, "MADV_WILLNEED"):
+                    memory.madvise(mmap.MADV_WILLNEED)
+                return _read(memory, stream.tell(), header, about)
         except FileNotFoundError:
             return None
         except _UNREADABLE as error:
@@ -102,18 +116,22 @@ def _read_header(stream: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _write(stream: Any, weights: FusedWeights, about: dict[str, Any]) -> None:
-    arrays = {name: np.ascontiguousarray(array) for name, array in weights.vectors.items()}
+    import numpy as np
+
+    # codes first: each is a multiple of 256 bytes long, so that all of them begin at the start of a cache line
+    arrays = {f"{name}.codes": matrix.codes for name, matrix in weights.matrices.items()}
     for name, matrix in weights.matrices.items():
-        arrays |= {f"{name}.codes": matrix.codes, f"{name}.scales": np.ascontiguousarray(matrix.scales)}
+        arrays[f"{name}.scales"] = np.ascontiguousarray(matrix.scales)
         if matrix.bias is not None:
             arrays[f"{name}.bias"] = matrix.bias
+    arrays |= {name: np.ascontiguousarray(array) for name, array in weights.vectors.items()}
     matrices = {name: [matrix.format, matrix.rows, matrix.columns] for name, matrix in weights.matrices.items()}
     about = about | {"matrices": matrices, "rope_factor": weights.rope_factor}
     header: dict[str, Any] = {"__metadata__": {"bimo": json.dumps(about)}}
     offset = 0
     for name, array in arrays.items():
         header[name] = {
-            "dtype": _NAMES[array.dtype],
+            "dtype": _NAMES[array.dtype.name],
             "shape": list(array.shape),
             "data_offsets": [offset, offset + array.nbytes],
         }
@@ -125,27 +143,27 @@ def _write(stream: Any, weights: FusedWeights, about: dict[str, Any]) -> None:
         stream.write(array.reshape(-1).view(np.uint8).data)
 
 
-def _read(stream: Any, header: dict[str, Any], about: dict[str, Any]) -> FusedWeights:
+def _read(memory: mmap.mmap, begin: int, header: dict[str, Any], about: dict[str, Any]) -> FusedWeights:
+    """Views into `memory`, which they keep alive; tensors lie from `begin` on."""
+    import numpy as np
+
+    from bimo.engine.fused import FusedWeights
+
     kernels = load_kernels()
     assert kernels is not None
-    arena, begin = kernels.Arena(), stream.tell()
-    found = FusedWeights(rope_factor=float(about["rope_factor"]))
-    arrays: dict[str, NDArray[Any]] = {}
+    found = FusedWeights(rope_factor=float(about["rope_factor"]), mapped=True)
     for name, entry in header.items():
         dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
         first, end = entry["data_offsets"]
-        if stream.tell() != begin + first or end - first != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} is not where it should be")
-        array = arena.empty(shape, dtype) if name.endswith((".codes", ".scales")) else np.empty(shape, dtype)
-        if stream.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
-            raise ValueError("the file is cut off")
-        arrays[name] = array
+        count = math.prod(shape)
+        if end - first != count * dtype.itemsize or min(first, *shape, 0) < 0 or begin + end > len(memory):
+            raise ValueError(f"{name} is not where it should be, or the file is cut off")
+        found.vectors[name] = np.frombuffer(memory, dtype, count, begin + first).reshape(shape)
     for name, (layout, rows, columns) in about["matrices"].items():
         codes, scales, bias = (
-            arrays.pop(f"{name}.codes"),
-            arrays.pop(f"{name}.scales"),
-            arrays.pop(f"{name}.bias", None),
+            found.vectors.pop(f"{name}.codes"),
+            found.vectors.pop(f"{name}.scales"),
+            found.vectors.pop(f"{name}.bias", None),
         )
         found.matrices[name] = kernels.PackedMatrix(layout, rows, columns, codes, scales, bias)
-    found.vectors = arrays
     return found

@@ -61,6 +61,9 @@ class EagerDecoder:
     def interrupt(self) -> None:
         """There is but one step to wait for."""
 
+    def settle(self) -> None:
+        """Nothing was left for later."""
+
     @torch.inference_mode()
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N, D) -> (N, V) float32."""

@@ -206,6 +206,10 @@ class Engine:
         """From another thread: a `step` that would take several of the model's ends after the one it is at."""
         self.runner.model.interrupt()
 
+    def settle(self) -> None:
+        """Do what the start left for a quiet moment."""
+        self.runner.model.settle()
+
     def check_integrity(self) -> None:
         """Assert the invariants of engine, scheduler and cache; tests call it after every step."""
         self.scheduler.check_integrity()

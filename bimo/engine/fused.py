@@ -10,7 +10,7 @@ here: importing it takes longer than all the rest of a start, and 200 MB.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from bimo.engine.kernels import load_kernels
 from bimo.engine.multistep import MultiStep
 from bimo.engine.scheduler import Scheduled
 from bimo.models.config import DecoderConfig
-from bimo.runtime import lazy_memory
+from bimo.runtime import available_memory, lazy_memory
 
 __all__ = ["FusedCache", "FusedDecoder", "FusedWeights", "can_fuse"]
 
@@ -50,11 +50,24 @@ class FusedWeights:
     vectors: norms, positions and the rotary "frequencies" in float32; "embed_tokens", where the head is not tied or of
         4 bits, in bfloat16 (as uint16).
     rope_factor: on cos and sin.
+    mapped: they lie in a file that is mapped (backends.packed).
     """
 
     matrices: dict[str, Any] = field(default_factory=dict)
     vectors: dict[str, Array] = field(default_factory=dict)
     rope_factor: float = 1.0
+    mapped: bool = False
+
+    def copied(self, arena: Any) -> FusedWeights:
+        """The same in an arena of the kernels."""
+
+        def copy(matrix: Any) -> Any:
+            bias = None if matrix.bias is None else arena.copy_of(matrix.bias)
+            return replace(matrix, codes=arena.copy_of(matrix.codes), scales=arena.copy_of(matrix.scales), bias=bias)
+
+        matrices = {name: copy(matrix) for name, matrix in self.matrices.items()}
+        vectors = {name: arena.copy_of(vector) for name, vector in self.vectors.items()}
+        return FusedWeights(matrices, vectors, self.rope_factor)
 
 
 class FusedCache:
@@ -96,32 +109,29 @@ class FusedDecoder:
         cache_dtype: str = "bfloat16",
         instruction_set: str = "",
     ) -> None:
+        assert cache_dtype in ("bfloat16", "int8")
+        self.config, self.cache_dtype, self.instruction_set = config, cache_dtype, instruction_set
+        self.fused = self._build(weights)
+        self._mapped = weights if weights.mapped else None
+
+    def settle(self) -> None:
+        """Copy weights that lie in a mapped file into memory of huge pages, where reading them all is 3 % faster (20 %
+        where the file system keeps its files in small pages). A start has no time for that: 20 to 300 ms."""
+        weights, self._mapped = self._mapped, None
+        free = available_memory()
+        if weights is None or (free is not None and 2 * self.fused.weight_bytes > free):
+            return
         kernels = load_kernels()
-        assert kernels is not None and cache_dtype in ("bfloat16", "int8")
-        self.config, self.cache_dtype = config, cache_dtype
-        self.fused = kernels.FusedModel(
-            hidden=config.hidden_size,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            inner=config.intermediate_size,
-            vocabulary=config.vocab_size,
-            norm_eps=config.norm_eps,
-            attention_scale=config.scale,
-            activation=config.activation,
-            layer_norm=config.norm == "layer",
-            gated=config.gated_mlp,
-            rope_factor=weights.rope_factor,
-            instruction_set=instruction_set,
-        )
-        self._hand_over(weights)
+        assert kernels is not None
+        self.fused = self._build(weights.copied(kernels.Arena()))
+        self._lend(self.cache)
 
     def make_cache(self, num_blocks: int, block_size: int) -> FusedCache:
         """The memory of keys and values; the step writes and reads it where it lies."""
         assert block_size == BLOCK, "the kernels' blocks have a token for each lane"
-        cache = FusedCache(self.config, num_blocks, self.cache_dtype)
-        self.fused.set_cache(cache.keys, cache.values, cache.scales, num_blocks)
-        return cache
+        self.cache = FusedCache(self.config, num_blocks, self.cache_dtype)
+        self._lend(self.cache)
+        return self.cache
 
     def run(
         self, plan: list[Scheduled], scored: list[int], more: MultiStep | None = None
@@ -145,15 +155,36 @@ class FusedDecoder:
         """(N, D) -> (N, V) float32."""
         return self.fused.logits(hidden)
 
-    def _hand_over(self, weights: FusedWeights) -> None:
+    def _lend(self, cache: FusedCache) -> None:
+        self.fused.set_cache(cache.keys, cache.values, cache.scales, cache.num_blocks)
+
+    def _build(self, weights: FusedWeights) -> Any:
+        """A FusedModel of the kernels."""
+        kernels = load_kernels()
+        assert kernels is not None
         config, matrices, vectors = self.config, weights.matrices, weights.vectors
+        fused = kernels.FusedModel(
+            hidden=config.hidden_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            inner=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            norm_eps=config.norm_eps,
+            attention_scale=config.scale,
+            activation=config.activation,
+            layer_norm=config.norm == "layer",
+            gated=config.gated_mlp,
+            rope_factor=weights.rope_factor,
+            instruction_set=self.instruction_set,
+        )
 
         def norm(name: str) -> tuple[Array, Array | None]:
             return vectors[f"{name}.weight"], vectors.get(f"{name}.bias")
 
         for i in range(config.num_layers):
             base = f"layers.{i}"
-            self.fused.add_layer(
+            fused.add_layer(
                 attention_norm=norm(f"{base}.attention_norm"),
                 mlp_norm=norm(f"{base}.mlp_norm"),
                 qkv=matrices[f"{base}.attention.qkv_proj"],
@@ -164,10 +195,11 @@ class FusedDecoder:
                 k_norm=vectors.get(f"{base}.attention.k_norm.weight"),
                 window=config.window(i),
             )
-        self.fused.set_ends(
+        fused.set_ends(
             final_norm=norm("final_norm"),
             head=matrices["embed_tokens" if config.tied_embeddings else "lm_head"],
             embedding=vectors.get("embed_tokens"),
             positions=vectors.get("embed_positions.weight"),
             frequencies=vectors.get("frequencies"),
         )
+        return fused

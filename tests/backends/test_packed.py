@@ -3,6 +3,7 @@ again, and one that cannot be written costs nothing but time."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -16,10 +17,13 @@ from safetensors import safe_open
 
 from bimo.backends import build, packed
 from bimo.backends.build import choose_precision
+from bimo.backends.local import LocalBackend
 from bimo.backends.packed import PackedFile
+from bimo.engine import fused as engine_fused
 from bimo.engine.fused import FusedWeights
 from bimo.engine.fusing import fuse_weights
 from bimo.engine.kernels import load_kernels
+from bimo.engine.request import Output, Request, SamplingParams
 from bimo.formats.hub import remove_model
 from bimo.formats.huggingface import load_weights, read_config
 
@@ -108,6 +112,49 @@ def test_another_version_of_the_kernels_or_of_rounding_packs_again(
             patch.setattr(packed, name, 10**6)
             assert PackedFile(model, model, "int8").read() is None
     assert PackedFile(model, model, "int8").read() is not None
+
+
+def test_a_quiet_moment_ends_the_file_s_part(model: Path) -> None:
+    """A start maps the file. Later the weights are copied, answers stay as they are, those under way too, and the file
+    may be cut off: a page that is no longer there would kill the process."""
+    build_it(model)
+    backend = LocalBackend.load(str(model), quant="int8", speculation="off")
+    decoder, pool = backend.engine.runner.model, backend.engine.runner.cache.keys
+    assert decoder._mapped is not None
+    prompt = backend.tokenizer.encode("你好 hello")
+
+    def answer(name: str, seen: list[Output] | None = None) -> list[int]:
+        async def ask() -> list[int]:
+            found: list[int] = []
+            sampling = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+            async for output in backend.generate(Request(request_id=name, prompt_token_ids=prompt, sampling=sampling)):
+                found += output.token_ids
+                if seen == []:  # half way, in the engine's thread
+                    backend._commands.put(backend.engine.settle)
+                    backend.engine.interrupt()
+                    seen.append(output)
+            return found
+
+        return asyncio.run(ask())
+
+    with backend:
+        before = answer("before")
+        assert len(before) == 40 and decoder._mapped is not None
+        assert answer("between", []) == before and decoder._mapped is None
+        assert decoder.fused.weight_bytes and backend.engine.runner.cache.keys is pool
+        with PackedFile(model, model, "int8").path.open("r+b") as stream:
+            stream.truncate(10)
+        assert answer("after") == before
+
+
+def test_without_room_for_a_copy_the_file_stays_mapped(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_it(model)
+    with LocalBackend.load(str(model), quant="int8") as backend:
+        decoder = backend.engine.runner.model
+        was = decoder.fused
+        monkeypatch.setattr(engine_fused, "available_memory", lambda: 1000)
+        decoder.settle()
+        assert decoder.fused is was
 
 
 def damages(content: bytes) -> dict[str, bytes]:
