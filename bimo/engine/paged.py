@@ -38,6 +38,7 @@ class PagedCache:
         self.dtype, self.device = str(dtype).removeprefix("torch."), str(device)
         shape = (config.num_layers, config.num_kv_heads, num_blocks * block_size, config.head_dim)
         self.keys, self.values = (_lazy_zeros(shape, dtype).to(device) for _ in range(2))
+        self.layers = list(zip(self.keys, self.values, strict=True))  # (K, slots, E) each
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination) each; for forked sequences."""
@@ -101,13 +102,15 @@ class StepAttention:
         if self.kernels is not None:
             return  # they read the blocks where they are
         heads = torch.arange(num_kv)[:, None, None] * pool_blocks
+        group = self.cache.config.num_heads // num_kv
         self.gather = (heads + table).flatten().to(self.device)  # rows of the pool seen as (K * num_blocks, size * E)
         distance = lengths[:, None] - 1 - torch.arange(width * size, device=self.device)  # (S, length)
         self.decode_masks: dict[int | None, Tensor] = {}
         for window in windows:
             visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             mask = torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, -torch.inf)
-            self.decode_masks[window] = mask.repeat(num_kv, 1)[:, None, None, :]  # (K * S, 1, 1, length)
+            mask = mask.repeat(num_kv, 1)[:, None, None, :]
+            self.decode_masks[window] = mask.expand(-1, -1, group, -1)  # (K * S, 1, H / K, length)
 
     def _prepare_chunk(self, work: Scheduled, row: int, windows: set[int | None], dtype: torch.dtype) -> _Chunk:
         size, length = self.cache.block_size, work.start + work.count
@@ -127,11 +130,15 @@ class StepAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         """q (1, T, H, E), k and v (1, T, K, E) -> (1, T, H, E); stores k and v first."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (K, slots, E)
+        keys, values = self.cache.layers[layer]
         num_tokens = len(self.slots)  # rows after these are padding
-        q, k, v = q[0], k[0, :num_tokens], v[0, :num_tokens]
+        q, k, v = q[0], k[0], v[0]
+        if len(q) > num_tokens:
+            k, v = k[:num_tokens], v[:num_tokens]
         self._store(k, keys)
         self._store(v, values)
+        if self.num_decodes == len(q):
+            return self._decode(q, keys, values, scale, window)[None]
         k, v = k.transpose(0, 1), v.transpose(0, 1)
         parts = []
         if self.num_decodes:
@@ -166,14 +173,18 @@ class StepAttention:
             return self.kernels.decode_attention(
                 q, keys, values, self.table, self.lengths, block_size=size, scale=scale, window=window
             )
-        mask = self.decode_masks[window]
         num_kv, _, head_dim = keys.shape
         num_sequences, row_size = len(q), self.cache.block_size * head_dim
-        k = keys.view(-1, row_size).index_select(0, self.gather).view(num_kv * num_sequences, 1, -1, head_dim)
-        v = values.view(-1, row_size).index_select(0, self.gather).view(num_kv * num_sequences, 1, -1, head_dim)
-        grouped = q.unflatten(1, (num_kv, -1)).transpose(0, 1)  # (K, S, H/K, E)
-        rows = grouped.reshape(num_kv * num_sequences, 1, -1, head_dim)
-        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.expand(-1, -1, rows.shape[2], -1), scale=scale)
+        shape = (num_kv * num_sequences, 1, -1, head_dim)
+        k = keys.view(-1, row_size).index_select(0, self.gather).view(shape)
+        v = values.view(-1, row_size).index_select(0, self.gather).view(shape)
+        if num_sequences == 1:
+            rows = q.view(shape)
+        else:
+            rows = q.view(num_sequences, num_kv, -1, head_dim).transpose(0, 1).reshape(shape)  # (K * S, 1, H/K, E)
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=self.decode_masks[window], scale=scale)
+        if num_sequences == 1:
+            return out.view(q.shape)
         return out.view(num_kv, num_sequences, -1, head_dim).transpose(0, 1).reshape(q.shape)
 
 

@@ -81,13 +81,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
         """x (B, T, D), rope = cos and sin (B, T, 1, E) or None -> (B, T, D)."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
-        num_qk = self.num_heads + self.num_kv_heads
-        qk, v = heads[..., :num_qk, :], heads[..., num_qk:, :]
+        qk, v = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), -2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk[..., : self.num_heads, :], qk[..., self.num_heads :, :]
+            q, k = qk.split_with_sizes((self.num_heads, self.num_kv_heads), -2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
         if rope is not None:
             qk = rotate(qk, *rope)
-        q, k = qk[..., : self.num_heads, :], qk[..., self.num_heads :, :]
+        q, k = qk.split_with_sizes((self.num_heads, self.num_kv_heads), -2)
         out = attend(self.layer, q, k, v, scale=self.scale, window=self.window)  # (B, T, H, E)
         return self.out_proj(out.flatten(-2))
