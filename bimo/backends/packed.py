@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ROUNDING", "PackedFile"]
 
-ROUNDING = 2  # raised when bimo.quant or engine.fusing makes other numbers of the same weights
+ROUNDING = 3  # raised when bimo.quant or engine.fusing makes other numbers of the same weights
 LAYOUT = 2  # raised when the same numbers are written in another order
 _TYPES = {"U8": "uint8", "BF16": "uint16", "F16": "float16", "F32": "float32"}
 _LONGEST_HEADER = 1 << 26

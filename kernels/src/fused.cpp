@@ -57,6 +57,8 @@ Matrix matrix_of(const nb::tuple& t) {
     w.rows = nb::cast<int64_t>(t[1]);
     w.columns = nb::cast<int64_t>(t[2]);
     require(w.rows > 0 && w.columns > 0, "a matrix has rows and columns");
+    require(w.format != Format::ROW8 || (w.columns % HADAMARD == 0 && w.columns <= WIDEST),
+            "rows with one scale have a multiple of 64 columns, at most 32,768");
     w.padded = (w.columns + GROUP - 1) / GROUP * GROUP;
     w.panels = (w.rows + LANES - 1) / LANES;
     w.codes = reinterpret_cast<const uint8_t*>(nb::cast<uintptr_t>(t[3]));

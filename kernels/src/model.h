@@ -12,12 +12,15 @@ namespace bimo {
 constexpr int64_t LANES = 16;       // results computed side by side; also the tokens of a cache block
 constexpr int64_t TILE = 8;         // activation rows that share one pass over a panel
 constexpr int64_t GROUP = 32;       // columns that share a scale, of weights (as GGUF's blocks have) and activations
+constexpr int64_t HADAMARD = 64;        // columns that are transformed together, of weights that have a scale a row
+constexpr int64_t WIDEST = 1 << 15; // columns of such: more, and sums of 32 bits would not hold them
 
 // Weights are unsigned codes q; w = scale * (q - 128) for 8 bits, w = scale * q + minimum for 4.
 //   BLOCK8   codes [panel][columns/4][16][4], scales float16 [panel][columns/32][16]
 //   BLOCK4   codes [panel][columns/32][4][64]: byte b of part i holds column 4i + b%4 (low half) and 16 + 4i + b%4
 //            (high half) of row b/4; scales and minima float16 [panel][columns/32][2][16]
-//   ROW8     codes as BLOCK8; scales float16 [panel][16], one a row of the matrix
+//   ROW8     codes as BLOCK8, of W H with H the Hadamard matrix of every 64 columns (product.h, `hadamard`); scales float16
+//            [panel][16], one a row of the matrix
 enum class Format : int { BLOCK8, BLOCK4, ROW8 };
 
 struct Matrix {

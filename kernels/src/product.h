@@ -1,9 +1,10 @@
 // y = W x with 8-bit or 4-bit weights and activations quantised on the way: the loop where nearly all time goes.
 //
-// Activations get one scale for every 32 of them (a single one for a whole row lets one outlier flatten the
-// rest), and lie in tiles of up to 8 rows, [columns/4][rows][4], so that a step through a panel meets them in order.
-// With unsigned codes q and signed activations a: sum (q - 128) a = sum q a - 128 sum a, so 8-bit sums start at
-// -128 sum a, and 4-bit ones add minimum * sum a.
+// Activations lie in tiles of up to 8 rows, [columns/4][rows][4], so that a step through a panel meets them in order.
+// They get one scale for every 32 of them (one outlier would flatten a whole row), or, transformed (see `hadamard`), where no
+// outliers are left, one a row: sums are then whole numbers from end to end. An unsigned code q stands for q - 128, a signed
+// activation for a: sum (q - 128) a = sum q a - 128 sum a, so 8-bit sums start at -128 sum a, and 4-bit ones add minimum
+// * sum a.
 #pragma once
 #include <algorithm>
 
@@ -14,9 +15,10 @@ namespace bimo {
 namespace BIMO_ISA {
 
 struct Activations {
-    int64_t rows = 0, padded = 0, groups = 0;
+    int64_t rows = 0, padded = 0, section = 0;  // section: columns that share a scale
+    bool transformed = false;
     int8_t* codes = nullptr;    // tile i at 8 * i * padded
-    float* scales = nullptr;    // tile i at 8 * i * groups: [groups][width]
+    float* scales = nullptr;    // tile i at 8 * i * sections: [sections][width]
     int32_t* starts = nullptr;  // -128 * sum of codes, the same order
     float* sums = nullptr;      // scale * sum of codes
 
@@ -24,14 +26,17 @@ struct Activations {
         const int64_t whole = (rows + TILE - 1) / TILE * TILE;
         return whole * (padded + 3 * 4 * (padded / GROUP));
     }
-    Activations(void* memory, int64_t rows_, const Matrix& matrix)
-        : rows(rows_), padded(matrix.padded), groups(matrix.groups()) {
+    // in_pieces: made a few columns at a time, so that a row's largest is not known.
+    Activations(void* memory, int64_t rows_, const Matrix& matrix, bool in_pieces = false)
+        : rows(rows_), padded(matrix.padded), transformed(matrix.format == Format::ROW8) {
+        section = !transformed ? GROUP : in_pieces ? HADAMARD : padded;
         const int64_t whole = (rows + TILE - 1) / TILE * TILE;
         codes = static_cast<int8_t*>(memory);
         scales = reinterpret_cast<float*>(codes + whole * padded);
-        starts = reinterpret_cast<int32_t*>(scales + whole * groups);
-        sums = reinterpret_cast<float*>(starts + whole * groups);
+        starts = reinterpret_cast<int32_t*>(scales + whole * sections());
+        sums = reinterpret_cast<float*>(starts + whole * sections());
     }
+    int64_t sections() const { return padded / section; }
     int64_t tiles() const { return (rows + TILE - 1) / TILE; }
     int64_t width(int64_t tile) const {  // rows computed: 1, 2, 4 or 8
         const int64_t left = rows - tile * TILE;
@@ -40,36 +45,62 @@ struct Activations {
     int64_t padded_rows() const { return (tiles() - 1) * TILE + width(tiles() - 1); }
 };
 
-// Quantise 32 floats into group `g` of a row.
-INLINE void quantise_group(Activations& to, int64_t row, int64_t g, const f32x16 (&values)[GROUP / LANES]) {
+// 64 numbers times 8 H, H the Hadamard matrix (Sylvester's, divided by 8: its own inverse). An outlier is spread over all
+// of them, while products with a matrix whose rows were transformed too stay as they are (QuaRot, arXiv:2404.00456).
+INLINE void hadamard(f32x16 (&x)[HADAMARD / LANES]) {
+    for (f32x16& part : x) {
+        part = exchanged<1>(part) + part * alternating<1>();
+        part = exchanged<2>(part) + part * alternating<2>();
+        part = exchanged<4>(part) + part * alternating<4>();
+        part = exchanged<8>(part) + part * alternating<8>();
+    }
+    const f32x16 a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
+    x[0] = a + c, x[1] = b + d, x[2] = a - c, x[3] = b - d;
+}
+
+// Quantise a section of a row, whose numbers `read(i)` gives, 16 at a time.
+template <typename Read>
+INLINE void quantise_section(Activations& to, int64_t row, int64_t s, int64_t vectors, Read&& read) {
     const int64_t tile = row / TILE, width = to.width(tile), place = row % TILE;
-    const float peak = largest(larger(size_of(values[0]), size_of(values[1])));
+    f32x16 sizes = {};
+    for (int64_t i = 0; i < vectors; i++) sizes = larger(sizes, size_of(read(i)));
+    const float peak = largest(sizes);
     const float scale = peak * (1.0f / 127.0f), inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
-    int8_t* codes = to.codes + tile * TILE * to.padded + g * GROUP * width + 4 * place;
+    int8_t* codes = to.codes + tile * TILE * to.padded + s * to.section * width + 4 * place;
     i32x16 total = {};
-    for (const f32x16& part : values) {
-        const i32x16 whole = nearest(part * inverse);
+    for (int64_t i = 0; i < vectors; i++) {
+        const i32x16 whole = nearest(read(i) * inverse);
         total += whole;
         int8_t bytes[16];
         store(bytes, __builtin_convertvector(whole, i8x16));
         for (int64_t j = 0; j < 4; j++, codes += 4 * width) std::memcpy(codes, bytes + 4 * j, 4);
     }
     const int32_t sum_codes = sum(total);
-    const int64_t at = tile * TILE * to.groups + g * width + place;
-    to.scales[at] = scale;
+    const int64_t at = tile * TILE * to.sections() + s * width + place;
+    to.scales[at] = to.transformed ? scale * 0.125f : scale;
     to.starts[at] = -128 * sum_codes;
     to.sums[at] = scale * float(sum_codes);
 }
 
-INLINE void quantise_row(Activations& to, int64_t row, const float* x, int64_t columns) {
-    for (int64_t g = 0; g < to.groups; g++) {
-        const float* from = x + g * GROUP;
+// room: `padded` floats.
+INLINE void quantise_row(Activations& to, int64_t row, const float* x, int64_t columns, float* room) {
+    if (to.transformed) {
+        for (int64_t c = 0; c < columns; c += HADAMARD) {
+            f32x16 part[HADAMARD / LANES];
+            for (int64_t i = 0; i < HADAMARD / LANES; i++) part[i] = load<f32x16>(x + c + i * LANES);
+            hadamard(part);
+            for (int64_t i = 0; i < HADAMARD / LANES; i++) store(room + c + i * LANES, part[i]);
+        }
+        x = room;
+    }
+    for (int64_t s = 0; s < to.sections(); s++) {
+        const float* from = x + s * to.section;
         alignas(64) float padded[GROUP] = {};  // the rest of the last group counts as zero
-        if (columns < (g + 1) * GROUP) {
-            std::memcpy(padded, from, (columns - g * GROUP) * sizeof(float));
+        if (columns < (s + 1) * to.section) {
+            std::memcpy(padded, from, (columns - s * GROUP) * sizeof(float));
             from = padded;
         }
-        quantise_group(to, row, g, {load<f32x16>(from), load<f32x16>(from + LANES)});
+        quantise_section(to, row, s, to.section / LANES, [&](int64_t i) { return load<f32x16>(from + i * LANES); });
     }
 }
 
@@ -77,19 +108,28 @@ INLINE void quantise_row(Activations& to, int64_t row, const float* x, int64_t c
 INLINE void clear_padding_rows(Activations& to, int64_t tile) {
     const int64_t first = tile * TILE;
     for (int64_t row = to.rows; row < first + to.width(tile); row++)
-        for (int64_t g = 0; g < to.groups; g++) quantise_group(to, row, g, {});
+        for (int64_t s = 0; s < to.sections(); s++)
+            quantise_section(to, row, s, to.section / LANES, [](int64_t) { return f32x16{}; });
 }
 
-// One panel by `PAIR` tiles of MB rows -> out [MB][16], a tile's `apart` floats after the other's.
-//
-// One stream at a time: memory is read fastest in one long run, a run that the processor itself sees coming. With 8 rows
-// the products take as long as the reading, and one must go on during the other: the next panel is asked for ahead, each
-// tile asking for its share of it. Two tiles at once read the codes once, 5-10 % faster, as 16 sums fit into 32 registers.
+// Ask for the next panel's codes, a group's at a time. One stream at a time: memory is read fastest in one long run, a run
+// that the processor itself sees coming. With 8 rows the products take as long as the reading, and one must go on during
+// the other: each tile asks for its share.
+template <int PAIR>
+INLINE void ask_for_next(const Matrix& w, const uint8_t* codes, int64_t bytes, int64_t tile, int64_t tiles) {
+    for (int t = 0; t < PAIR; t++)
+        for (int64_t line = 64 * (tile + t); line < bytes; line += 64 * tiles)
+            __builtin_prefetch(codes + w.panel_bytes() + line, 0, 2);
+}
+
+// One panel by `PAIR` tiles of MB rows -> out [MB][16], a tile's `apart` floats after the other's. Two tiles at once read
+// the codes once, 5-10 % faster, as 16 sums fit into 32 registers. Scales every 32 columns.
 template <int MB, int PAIR, Format FORMAT>
-INLINE void multiply(const Matrix& w, int64_t panel, const Activations& x, int64_t tile, float* out, int64_t apart) {
-    const int64_t groups = x.groups, tiles = x.tiles();
+INLINE void multiply_blocks(const Matrix& w, int64_t panel, const Activations& x, int64_t tile, float* out,
+                            int64_t apart) {
+    const int64_t groups = x.sections(), tiles = x.tiles();
     constexpr int64_t CODE_BYTES = FORMAT == Format::BLOCK4 ? 256 : 512;  // of a group
-    constexpr int64_t HALVES = FORMAT == Format::ROW8 ? 0 : FORMAT == Format::BLOCK4 ? 2 * LANES : LANES;
+    constexpr int64_t HALVES = FORMAT == Format::BLOCK4 ? 2 * LANES : LANES;
     const uint8_t* codes = w.codes + panel * w.panel_bytes();
     const uint16_t* halves = w.scales + panel * w.panel_scales();
     const int8_t* a = x.codes + tile * TILE * x.padded;
@@ -100,10 +140,8 @@ INLINE void multiply(const Matrix& w, int64_t panel, const Activations& x, int64
     alignas(64) float total[PAIR][MB][LANES] = {};
     for (int64_t g = 0; g < groups; g++, scales += MB, sums += MB, starts += MB, a += GROUP * MB) {
         if constexpr (MB == TILE) {
-            for (int t = 0; t < PAIR; t++)
-                for (int64_t line = 64 * (tile + t); line < CODE_BYTES; line += 64 * tiles)
-                    __builtin_prefetch(codes + w.panel_bytes() + line, 0, 2);
-            if (HALVES && tile == 0) __builtin_prefetch(halves + groups * HALVES, 0, 2);
+            ask_for_next<PAIR>(w, codes, CODE_BYTES, tile, tiles);
+            if (tile == 0) __builtin_prefetch(halves + groups * HALVES, 0, 2);
         }
         i32x16 part[PAIR][MB];
         for (int t = 0; t < PAIR; t++)
@@ -125,24 +163,72 @@ INLINE void multiply(const Matrix& w, int64_t panel, const Activations& x, int64
 #pragma GCC unroll 4
             for (int s = 0; s < 8; s++) add(load_codes(codes + 64 * s), s);
         }
-        f32x16 scale = {}, minimum = {};
-        if constexpr (FORMAT != Format::ROW8) scale = half_to_float(halves);
+        const f32x16 scale = half_to_float(halves);
+        f32x16 minimum = {};
         if constexpr (FORMAT == Format::BLOCK4) minimum = half_to_float(halves + LANES);
         for (int t = 0; t < PAIR; t++)
             for (int m = 0; m < MB; m++) {
-                const float own = scales[t * next_groups + m];
                 f32x16 sum = load<f32x16>(total[t][m]);
-                sum = multiply_add(to_float(part[t][m]), FORMAT == Format::ROW8 ? splat(own) : scale * own, sum);
+                sum = multiply_add(to_float(part[t][m]), scale * scales[t * next_groups + m], sum);
                 if constexpr (FORMAT == Format::BLOCK4) sum = multiply_add(minimum, splat(sums[t * next_groups + m]), sum);
                 store(total[t][m], sum);
             }
         codes += CODE_BYTES, halves += HALVES;
     }
-    f32x16 bias = {}, scale = splat(1.0f);
+    f32x16 bias = {};
     if (w.bias) bias = load<f32x16>(w.bias + panel * LANES);
-    if constexpr (FORMAT == Format::ROW8) scale = half_to_float(halves);
+    for (int t = 0; t < PAIR; t++)
+        for (int m = 0; m < MB; m++) store(out + t * apart + m * LANES, load<f32x16>(total[t][m]) + bias);
+}
+
+// The same with a scale a row of the matrix: sums are whole numbers within a section of the activations. Multiplications
+// of numbers and of codes share the processor's units: one for 8 products of 4 is 13 % of the time.
+template <int MB, int PAIR>
+INLINE void multiply_rows(const Matrix& w, int64_t panel, const Activations& x, int64_t tile, float* out,
+                          int64_t apart) {
+    constexpr int CHAINS = MB <= 2 ? 2 : 1;  // sums that need not wait for each other
+    const int64_t sections = x.sections(), tiles = x.tiles(), groups = x.section / GROUP;
+    const uint8_t* codes = w.codes + panel * w.panel_bytes();
+    const int8_t* a = x.codes + tile * TILE * x.padded;
+    const int64_t next_tile = TILE * x.padded, next_sections = TILE * sections;
+    const float* scales = x.scales + tile * next_sections;
+    const int32_t* starts = x.starts + tile * next_sections;
+    alignas(64) float total[PAIR][MB][LANES] = {};
+    for (int64_t s = 0; s < sections; s++, scales += MB, starts += MB) {
+        i32x16 part[CHAINS][PAIR][MB] = {};
+        for (int t = 0; t < PAIR; t++)
+            for (int m = 0; m < MB; m++) part[0][t][m] = starts[t * next_sections + m] - i32x16{};
+        for (int64_t g = 0; g < groups; g++, a += GROUP * MB, codes += 512) {
+            if constexpr (MB == TILE) ask_for_next<PAIR>(w, codes, 512, tile, tiles);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                const Codes c = load_codes(codes + 64 * i);
+                for (int t = 0; t < PAIR; t++)
+                    for (int m = 0; m < MB; m++)
+                        part[i % CHAINS][t][m] = dot4(part[i % CHAINS][t][m], c, a + t * next_tile + 4 * (i * MB + m));
+            }
+        }
+        for (int t = 0; t < PAIR; t++)
+            for (int m = 0; m < MB; m++) {
+                i32x16 whole = part[0][t][m];
+                for (int i = 1; i < CHAINS; i++) whole += part[i][t][m];
+                const f32x16 scale = splat(scales[t * next_sections + m]);
+                store(total[t][m], multiply_add(to_float(whole), scale, load<f32x16>(total[t][m])));
+            }
+    }
+    f32x16 bias = {};
+    if (w.bias) bias = load<f32x16>(w.bias + panel * LANES);
+    const f32x16 scale = half_to_float(w.scales + panel * LANES);
     for (int t = 0; t < PAIR; t++)
         for (int m = 0; m < MB; m++) store(out + t * apart + m * LANES, multiply_add(load<f32x16>(total[t][m]), scale, bias));
+}
+
+template <int MB, int PAIR, Format FORMAT>
+INLINE void multiply(const Matrix& w, int64_t panel, const Activations& x, int64_t tile, float* out, int64_t apart) {
+    if constexpr (FORMAT == Format::ROW8)
+        multiply_rows<MB, PAIR>(w, panel, x, tile, out, apart);
+    else
+        multiply_blocks<MB, PAIR, FORMAT>(w, panel, x, tile, out, apart);
 }
 
 // Returns how many tiles it took.
@@ -191,10 +277,17 @@ inline void read_row(const Matrix& w, int64_t row, float* to) {  // 8 bits only
     const int64_t panel = row / LANES, lane = row % LANES;
     const uint8_t* codes = w.codes + panel * w.panel_bytes() + 4 * lane;
     const uint16_t* halves = w.scales + panel * w.panel_scales();
-    for (int64_t g = 0; g < w.groups(); g++) {
-        const float scale = half_to_float(halves + (w.format == Format::ROW8 ? 0 : g * LANES))[lane];
-        for (int64_t c = g * GROUP; c < (g + 1) * GROUP && c < w.columns; c++)
-            to[c] = scale * float(int(codes[c / 4 * 64 + c % 4]) - 128);
+    const auto value = [&](int64_t c) { return float(int(codes[c / 4 * 64 + c % 4]) - 128); };
+    if (w.format != Format::ROW8) {
+        for (int64_t c = 0; c < w.columns; c++) to[c] = half_to_float(halves + c / GROUP * LANES)[lane] * value(c);
+        return;
+    }
+    const float scale = half_to_float(halves)[lane] * 0.125f;
+    for (int64_t c = 0; c < w.columns; c += HADAMARD) {
+        f32x16 part[HADAMARD / LANES];
+        for (int64_t i = 0; i < HADAMARD; i++) part[i / LANES][i % LANES] = value(c + i);
+        hadamard(part);
+        for (int64_t i = 0; i < HADAMARD / LANES; i++) store(to + c + i * LANES, part[i] * scale);
     }
 }
 

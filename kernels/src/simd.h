@@ -93,6 +93,24 @@ INLINE float largest(f32x16 x) {
     return a > b ? a : b;
 }
 
+// Lanes i and i ^ D in each other's place; and +1 in lanes without the bit D, -1 in those with it.
+template <int D>
+INLINE f32x16 exchanged(f32x16 x) {
+#if defined(__clang__)
+    return __builtin_shufflevector(x, x, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D, 8 ^ D, 9 ^ D, 10 ^ D,
+                                   11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
+#else
+    return __builtin_shuffle(x, i32x16{0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D, 8 ^ D, 9 ^ D, 10 ^ D,
+                                       11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D});
+#endif
+}
+template <int D>
+INLINE f32x16 alternating() {
+    f32x16 signs = {};
+    for (int i = 0; i < 16; i++) signs[i] = i & D ? -1.0f : 1.0f;
+    return signs;
+}
+
 INLINE float from_bf16(uint16_t x) {
     uint32_t bits = uint32_t(x) << 16;
     float value;

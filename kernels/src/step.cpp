@@ -86,15 +86,15 @@ INLINE f32x16 activate(Activation kind, f32x16 x) {
 // Norm (or none) and quantisation of rows, tile by tile; `rows` names those of x, none: the first ones.
 INLINE void quantise_rows(const Model& m, const Norm* norm, const float* x, int64_t columns, Activations& to,
                           int64_t first, int64_t end, const int64_t* rows = nullptr) {
-    float* normed = norm ? reinterpret_cast<float*>(scratch(0, columns * 4)) : nullptr;
+    float* room = reinterpret_cast<float*>(scratch(0, to.padded * 4));
     for (int64_t tile = first; tile < end; tile++) {
         for (int64_t row = tile * TILE; row < to.rows && row < (tile + 1) * TILE; row++) {
             const float* from = x + (rows ? rows[row] : row) * columns;
             if (norm) {
-                normalise(m, *norm, from, normed);
-                from = normed;
+                normalise(m, *norm, from, room);
+                from = room;
             }
-            quantise_row(to, row, from, columns);
+            quantise_row(to, row, from, columns, room);
         }
         clear_padding_rows(to, tile);
     }
@@ -267,22 +267,24 @@ INLINE void add_product(const Matrix& w, const Activations& x, float* y, int64_t
     }
 }
 
-// The MLP's inner values, made and quantised a group of columns at a time, so that they are never written as floats.
+// The MLP's inner values, made and quantised some columns at a time, so that they are never written as floats.
+template <int64_t COLUMNS>
 INLINE void make_inner(const Model& m, const Layer& layer, const Activations& normed, Activations& inner,
                        int64_t first, int64_t end) {
-    constexpr int64_t per_group = GROUP / LANES;
-    const int64_t panels = m.gated ? 2 * per_group : per_group;
-    alignas(64) float out[LANES * TILE * TILES * 2 * per_group];
-    for (int64_t g = first; g < end; g++) {
+    constexpr int64_t per_piece = COLUMNS / LANES;
+    const int64_t panels = m.gated ? 2 * per_piece : per_piece;
+    alignas(64) float out[LANES * TILE * TILES * 2 * per_piece];
+    for (int64_t s = first; s < end; s++) {
         for (int64_t row = 0; row < inner.padded_rows(); row++) {
-            if (row % (TILES * TILE) == 0) multiply_panels(layer.up, g * panels, panels, normed, row / TILE, out);
-            f32x16 values[per_group];
-            for (int64_t p = 0; p < per_group; p++) {
+            if (row % (TILES * TILE) == 0) multiply_panels(layer.up, s * panels, panels, normed, row / TILE, out);
+            f32x16 values[per_piece];
+            for (int64_t p = 0; p < per_piece; p++) {
                 const float* at = out + place_of(row, m.gated ? 2 * p : p, panels);
                 values[p] = activate(m.activation, load<f32x16>(at));
                 if (m.gated) values[p] *= load<f32x16>(at + TILE * LANES);
             }
-            quantise_group(inner, row, g, values);
+            if constexpr (COLUMNS == HADAMARD) hadamard(values);
+            quantise_section(inner, row, s, per_piece, [&](int64_t i) { return values[i]; });
         }
     }
 }
@@ -424,12 +426,15 @@ void forward(const Model& m, const Step& step) {
             worker.run(layer.out.panels, [&](int64_t first, int64_t end) {
                 add_product(layer.out, heads, b.x, m.hidden, first, end);
             });
-            Activations normed_again(b.normed, rows, layer.up), inner(b.inner, rows, layer.down);
+            Activations normed_again(b.normed, rows, layer.up), inner(b.inner, rows, layer.down, true);
             worker.run(tiles, [&](int64_t first, int64_t end) {
                 quantise_rows(m, &layer.mlp_norm, b.x, m.hidden, normed_again, first, end);
             });
-            worker.run(inner.groups, [&](int64_t first, int64_t end) {
-                make_inner(m, layer, normed_again, inner, first, end);
+            worker.run(inner.sections(), [&](int64_t first, int64_t end) {
+                if (inner.transformed)
+                    make_inner<HADAMARD>(m, layer, normed_again, inner, first, end);
+                else
+                    make_inner<GROUP>(m, layer, normed_again, inner, first, end);
             });
             worker.run(layer.down.panels, [&](int64_t first, int64_t end) {
                 add_product(layer.down, inner, b.x, m.hidden, first, end);

@@ -23,7 +23,15 @@ from bimo.engine.scheduler import Scheduled
 from bimo.engine.sequence import Sequence
 from bimo.models.config import DecoderConfig, RopeConfig
 from bimo.models.decoder import Decoder
-from bimo.quant.weights import QuantisedWeight, quantise4, quantise8, quantise_rows8, round_weight
+from bimo.quant.weights import (
+    HADAMARD,
+    QuantisedWeight,
+    hadamard,
+    quantise4,
+    quantise8,
+    quantise_rows8,
+    round_weight,
+)
 
 kernels = load_kernels()
 pytestmark = pytest.mark.skipif(kernels is None, reason="the C++ kernels are not built")
@@ -51,6 +59,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt_neo": GPT2 | {"attention_scale": 1.0, "windows": (None, 7, None), "qkv_bias": False},
     "relu": GPT2 | {"activation": "relu"},
     "gelu": GPT2 | {"activation": "gelu"},
+}
+# widths of a multiple of 64: a scale a row, after the Hadamard transform
+ROWS = BASE | {"hidden_size": 128, "intermediate_size": 192}
+MODELS |= {
+    "rows": ROWS | {"tied_embeddings": True, "qkv_bias": True, "windows": (None, 5, 300)},
+    "rows, odd inner": ROWS | {"intermediate_size": 150},
+    "rows, odd hidden": ROWS | {"hidden_size": 96},
+    "rows, gpt2": GPT2 | {"hidden_size": 128, "intermediate_size": 256},
 }
 NUM_BLOCKS = 60
 NUM_TOKENS = 300  # more than one stretch of 256 keys
@@ -147,9 +163,9 @@ def test_every_family_computes_what_the_plain_decoder_does(name: str, quant: str
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("cache", ["bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["llama", "gpt_neo", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neo", "qwen2", "rows"])
 def test_every_instruction_set(name: str, cache: str, instruction_set: str) -> None:
-    fused, decoder = make(MODELS[name], "int4", instruction_set, cache)
+    fused, decoder = make(MODELS[name], "int8" if name == "rows" else "int4", instruction_set, cache)
     assert fused.fused.instruction_set == instruction_set
     ids = ids_of(2)
     hidden = hidden_of(fused, ids, [(0, len(ids), blocks_of(1))])
@@ -158,9 +174,10 @@ def test_every_instruction_set(name: str, cache: str, instruction_set: str) -> N
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("cache", ["bfloat16", "int8"])
-def test_a_token_s_result_does_not_depend_on_chunks_or_company(cache: str, instruction_set: str) -> None:
+@pytest.mark.parametrize("name", ["qwen2", "rows"])
+def test_a_token_s_result_does_not_depend_on_chunks_or_company(name: str, cache: str, instruction_set: str) -> None:
     """Bit for bit: all at once, in chunks beside others, and token by token. This is why greedy answers repeat."""
-    fused, _ = make(MODELS["qwen2"], "int8", instruction_set, cache)
+    fused, _ = make(MODELS[name], "int8", instruction_set, cache)
     ids = [ids_of(seed, 290) for seed in range(3)]
     whole = [hidden_of(fused, row, [(0, 290, blocks_of(n))]).clone() for n, row in enumerate(ids)]
     fused.make_cache(NUM_BLOCKS, 16)
@@ -183,17 +200,23 @@ def test_a_token_s_result_does_not_depend_on_chunks_or_company(cache: str, instr
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("shape", [(48, 64), (40, 96), (960, 576), (33, 100), (1, 1), (16, 31)])
+@pytest.mark.parametrize("shape", [(48, 64), (40, 96), (48, 1536), (960, 576), (33, 100), (1, 1), (16, 31)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 23])
 def test_products_against_float64(shape: tuple[int, int], rows: int, instruction_set: str) -> None:
     torch.manual_seed(rows)
     weight, x, bias = torch.randn(shape) * 0.1, torch.randn(rows, shape[1]), torch.randn(shape[0])
     x[0, 0] = 50.0  # an outlier costs its own group only
-    for quantised in (quantise8(weight), quantise_rows8(weight), quantise4(weight)):
+    by_row = [] if shape[1] % HADAMARD else [quantise_rows8(weight)]
+    for quantised in (quantise8(weight), quantise4(weight), *by_row):
         packed = pack(quantised).with_bias(bias.numpy())
-        groups = torch.nn.functional.pad(x, (0, -shape[1] % 32)).unflatten(1, (-1, 32)).double()
-        scale = (groups.abs().amax(2, keepdim=True) / 127).clamp_min(1e-30)
-        rounded = ((groups / scale).round() * scale).flatten(1)[:, : shape[1]]
+        if quantised.format == "row8":  # a scale a row, of what the transform makes of it
+            values = hadamard(x)
+            scale = values.abs().amax(1, keepdim=True) / 127
+            rounded = hadamard((values / scale).round() * scale).double()
+        else:
+            groups = torch.nn.functional.pad(x, (0, -shape[1] % 32)).unflatten(1, (-1, 32)).double()
+            scale = (groups.abs().amax(2, keepdim=True) / 127).clamp_min(1e-30)
+            rounded = ((groups / scale).round() * scale).flatten(1)[:, : shape[1]]
         expected = rounded @ quantised.dequantise(torch.float64).T + bias.double()
         found = product(packed, x, instruction_set)
         assert (found - expected).abs().max() < 2e-3 * expected.abs().max()
