@@ -68,8 +68,8 @@ class FusedRMSNorm(nn.Module):
 
 
 class PairedRMSNorm(nn.Module):
-    """`models.layers.RMSNorm` in bfloat16 by torch's LayerNorm, one pass where there were seven: of x and -x side by side
-    the mean is 0 and the variance mean(x^2). Rounded once, after the weight."""
+    """`models.layers.RMSNorm` in bfloat16 by torch's LayerNorm, one pass where there were seven: of x and -x side by
+    side the mean is 0 and the variance mean(x^2). Rounded once, after the weight."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()

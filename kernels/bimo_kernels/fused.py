@@ -78,8 +78,8 @@ def pack(format: str, codes: Array, scales: Array, minima: Array | None, arena: 
     """Lay a quantised weight out in panels.
 
     Args:
-        format: "block8" (w = scale (q - 128)), "row8" (the same, of a weight whose every 64 columns were multiplied by a
-            Hadamard matrix) or "block4" (w = scale q + minimum).
+        format: "block8" (w = scale (q - 128)), "row8" (the same, of a weight whose every 64 columns were multiplied
+            by a Hadamard matrix) or "block4" (w = scale q + minimum).
         codes: (rows, columns) uint8, for 4 bits below 16.
         scales: (rows, columns / 32 rounded up) float16, of "row8" (rows, 1). minima: like scales, for "block4".
         arena: where to lay it; one for all weights of a model.

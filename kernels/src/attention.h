@@ -3,7 +3,8 @@
 //
 // A cache block holds 16 tokens, one a lane: with keys as [E/2][16][2], scores of 16 tokens come from E/2 products of
 // pairs and no sum across lanes; with values as [8][E][2], 16 columns of the result from 8. int8 keys and values carry
-// a scale a token and head; queries and weights are then 16-bit whole numbers, which costs the keys' rounding only.
+// a scale a token and head. Queries are then int8 too (both were spread by `hadamard`, so that no column has outliers) and
+// keys [E/4][16][4] codes, 128 more than they stand for; weights are 16-bit whole numbers, as many are small ones.
 #pragma once
 #include <type_traits>
 
@@ -17,21 +18,27 @@ constexpr int64_t STRETCH = 256;  // keys at a time
 constexpr float UNSEEN = -1e30f;  // score of a key that a query must not see: its weight is 0 exactly
 constexpr int64_t QUERY_ROWS = 24;  // query rows (tokens times heads of a group) at a time
 
-// scores[r][16] of R queries with one block of keys. KV: uint16_t (bfloat16) with queries of the same, or int8_t with
-// queries of int16_t. Two sums each, so that one need not wait for the other; the order of additions is the same for
-// every R, so that a token's result does not depend on who is computed beside it.
-template <int R, typename KV, typename Q>
-INLINE void score_block(const KV* keys, const Q* queries, int64_t dim, f32x16* out) {
-    using Sum = typename std::conditional<std::is_same<KV, uint16_t>::value, f32x16, i32x16>::type;
-    constexpr int CHAINS = 2;
-    Sum total[CHAINS][R] = {};
-    for (int64_t i = 0; i < dim / 2; i += CHAINS)
-        for (int c = 0; c < CHAINS; c++)
+// scores[r][16] of R queries with one block of keys. Two sums each, so that one need not wait for the other; the order of
+// additions is the same for every R, so that a token's result does not depend on who is computed beside it.
+template <int R>
+INLINE void score_block(const uint16_t* keys, const uint16_t* queries, const int32_t*, int64_t dim, f32x16* out) {
+    f32x16 total[2][R] = {};
+    for (int64_t i = 0; i < dim / 2; i += 2)
+        for (int c = 0; c < 2; c++)
             for (int r = 0; r < R; r++)
                 total[c][r] = dot2(total[c][r], keys + (i + c) * 2 * LANES, queries + r * dim + 2 * (i + c));
-    for (int r = 0; r < R; r++) {
-        out[r] = __builtin_convertvector(total[0][r] + total[1][r], f32x16);
-    }
+    for (int r = 0; r < R; r++) out[r] = total[0][r] + total[1][r];
+}
+template <int R>  // starts: -128 * sum of a query's codes
+INLINE void score_block(const int8_t* keys, const int8_t* queries, const int32_t* starts, int64_t dim, f32x16* out) {
+    i32x16 total[2][R] = {};
+    for (int r = 0; r < R; r++) total[0][r] = starts[r] - i32x16{};
+    for (int64_t i = 0; i < dim / 4; i += 2)
+        for (int c = 0; c < 2; c++) {
+            const Codes codes = load_codes(reinterpret_cast<const uint8_t*>(keys) + (i + c) * 4 * LANES);
+            for (int r = 0; r < R; r++) total[c][r] = dot4(total[c][r], codes, queries + r * dim + 4 * (i + c));
+        }
+    for (int r = 0; r < R; r++) out[r] = to_float(total[0][r] + total[1][r]);
 }
 
 // sum[r][64 columns] += weights[r] . values of a stretch's blocks. PARTS: vectors of 16 columns at once.
@@ -85,15 +92,16 @@ struct HeadCache {
     const float *key_scales, *value_scales;
 };
 
-// queries [rows][E] already scaled, by log2 e too (bfloat16; or int16 with query_scales) -> out[row] pointers, E floats
-// each.
-template <typename KV, typename Q>
-void attend(const QueryBlock& work, const HeadCache<KV>& cache, const Q* queries, const float* query_scales,
-            int64_t dim, float* const* out) {
+// queries [rows][E] already scaled, by log2 e too (bfloat16; or int8 with query_scales and query_starts) -> out[row]
+// pointers, E floats each.
+template <typename KV>
+void attend(const QueryBlock& work, const HeadCache<KV>& cache, const KV* queries, const float* query_scales,
+            const int32_t* query_starts, int64_t dim, float* const* out) {
     constexpr bool INT8 = std::is_same<KV, int8_t>::value;
+    using Weight = typename std::conditional<INT8, int16_t, uint16_t>::type;
     const int64_t rows = work.tokens * work.group, block_size = dim * LANES;
     alignas(64) float scores[QUERY_ROWS][STRETCH];
-    alignas(64) Q weights[QUERY_ROWS][STRETCH];
+    alignas(64) Weight weights[QUERY_ROWS][STRETCH];
     alignas(64) float sum[QUERY_ROWS * 256];
     float most[QUERY_ROWS], total[QUERY_ROWS], factors[QUERY_ROWS];
     for (int64_t i = 0; i < rows * dim; i++) sum[i] = 0;
@@ -113,7 +121,7 @@ void attend(const QueryBlock& work, const HeadCache<KV>& cache, const Q* queries
                 const int64_t count = rows - r;
                 f32x16 part[8];
                 int64_t done = 0;
-#define SCORE(R) score_block<R>(keys, queries + r * dim, dim, part), done = R
+#define SCORE(R) score_block<R>(keys, queries + r * dim, query_starts + r, dim, part), done = R
                 if (count >= 8) {
                     SCORE(8);
                 } else {

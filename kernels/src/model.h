@@ -66,8 +66,8 @@ struct Model {
     const float* positions = nullptr;      // learned [num_positions][D], or none
     int64_t num_positions = 0;
     const float* frequencies = nullptr;    // rotary [E / 2], or none
-    // The cache, a layer after the other. bfloat16: keys [K][block][E/2][16][2], values [K][block][8][E][2]; int8: the
-    // same order, and one float32 scale a token and head [K][block][16] each.
+    // The cache, a layer after the other. bfloat16: keys [K][block][E/2][16][2], values [K][block][8][E][2]; int8: keys
+    // [K][block][E/4][16][4], values the same, and one float32 scale a token and head [K][block][16] each.
     char *keys = nullptr, *values = nullptr;
     float *key_scales = nullptr, *value_scales = nullptr;
     int64_t num_blocks = 0;

@@ -45,19 +45,6 @@ struct Activations {
     int64_t padded_rows() const { return (tiles() - 1) * TILE + width(tiles() - 1); }
 };
 
-// 64 numbers times 8 H, H the Hadamard matrix (Sylvester's, divided by 8: its own inverse). An outlier is spread over all
-// of them, while products with a matrix whose rows were transformed too stay as they are (QuaRot, arXiv:2404.00456).
-INLINE void hadamard(f32x16 (&x)[HADAMARD / LANES]) {
-    for (f32x16& part : x) {
-        part = exchanged<1>(part) + part * alternating<1>();
-        part = exchanged<2>(part) + part * alternating<2>();
-        part = exchanged<4>(part) + part * alternating<4>();
-        part = exchanged<8>(part) + part * alternating<8>();
-    }
-    const f32x16 a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
-    x[0] = a + c, x[1] = b + d, x[2] = a - c, x[3] = b - d;
-}
-
 // Quantise a section of a row, whose numbers `read(i)` gives, 16 at a time.
 template <typename Read>
 INLINE void quantise_section(Activations& to, int64_t row, int64_t s, int64_t vectors, Read&& read) {

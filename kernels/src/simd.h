@@ -111,6 +111,24 @@ INLINE f32x16 alternating() {
     return signs;
 }
 
+// 16 N numbers times sqrt(16 N) H, H the Hadamard matrix (Sylvester's, divided by that root: its own inverse). An outlier is
+// spread over all of them, while products of two such rows stay as they are, but for 16 N (QuaRot, arXiv:2404.00456).
+template <int N>
+INLINE void hadamard(f32x16 (&x)[N]) {
+    for (f32x16& part : x) {
+        part = exchanged<1>(part) + part * alternating<1>();
+        part = exchanged<2>(part) + part * alternating<2>();
+        part = exchanged<4>(part) + part * alternating<4>();
+        part = exchanged<8>(part) + part * alternating<8>();
+    }
+    for (int apart = 1; apart < N; apart *= 2)
+        for (int i = 0; i < N; i++)
+            if (!(i & apart)) {
+                const f32x16 one = x[i], other = x[i + apart];
+                x[i] = one + other, x[i + apart] = one - other;
+            }
+}
+
 INLINE float from_bf16(uint16_t x) {
     uint32_t bits = uint32_t(x) << 16;
     float value;

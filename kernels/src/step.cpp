@@ -27,6 +27,7 @@ struct Task {  // attention: one head group of some tokens of a sequence
 struct Buffers {
     int64_t rows;
     float *x, *attended, *angles, *query_scales;
+    int32_t* query_starts;
     char* queries;
     char *normed, *heads, *inner;  // quantised
     std::vector<Task> tasks;
@@ -128,17 +129,41 @@ INLINE float peak_of(const float* x, int64_t size) {
     return largest(most);
 }
 
-template <typename T>
-INLINE void to_whole(const float* x, int64_t size, float inverse, T* to) {
-    typedef T Wholes __attribute__((vector_size(LANES * sizeof(T))));
-    for (int64_t i = 0; i < size; i += LANES)
-        store(to + i, __builtin_convertvector(nearest(load<f32x16>(x + i) * inverse), Wholes));
+// Rounded x * inverse; returns their sum.
+INLINE int32_t to_whole(const float* x, int64_t size, float inverse, int8_t* to) {
+    i32x16 total = {};
+    for (int64_t i = 0; i < size; i += LANES) {
+        const i32x16 whole = nearest(load<f32x16>(x + i) * inverse);
+        total += whole;
+        store(to + i, __builtin_convertvector(whole, i8x16));
+    }
+    return sum(total);
 }
 
 // The queries of a head of keys lie side by side, a token after the other.
 INLINE int64_t place_of_query(const Model& m, const Buffers& b, int64_t row, int64_t head) {
     const int64_t group = m.heads / m.kv_heads;
     return (head / group * b.rows + row) * group + head % group;
+}
+
+// Spread a head's outliers; returns what products of two such heads are larger by.
+INLINE float spread(float* head, int64_t dim) {
+    constexpr int64_t N = HADAMARD / LANES;
+    if (dim % HADAMARD == 0) {
+        for (float* at = head; at < head + dim; at += HADAMARD) {
+            f32x16 x[N];
+            for (int64_t i = 0; i < N; i++) x[i] = load<f32x16>(at + i * LANES);
+            hadamard(x);
+            for (int64_t i = 0; i < N; i++) store(at + i * LANES, x[i]);
+        }
+        return HADAMARD;
+    }
+    for (float* at = head; at < head + dim; at += LANES) {
+        f32x16 x[1] = {load<f32x16>(at)};
+        hadamard(x);
+        store(at, x[0]);
+    }
+    return LANES;
 }
 
 INLINE void put_query(const Model& m, Buffers& b, int64_t row, int64_t head, float* q) {
@@ -148,17 +173,21 @@ INLINE void put_query(const Model& m, Buffers& b, int64_t row, int64_t head, flo
         for (int64_t i = 0; i < dim; i += LANES) store(to + i, to_bf16(load<f32x16>(q + i) * m.attention_scale));
         return;
     }
-    const float peak = peak_of(q, dim);
-    to_whole(q, dim, peak > 1e-30f ? 32767.0f / peak : 0.0f, reinterpret_cast<int16_t*>(b.queries) + place * dim);
-    b.query_scales[place] = m.attention_scale * peak / 32767.0f;
+    const float larger = spread(q, dim), peak = peak_of(q, dim);
+    int8_t* codes = reinterpret_cast<int8_t*>(b.queries) + place * dim;
+    b.query_starts[place] = -128 * to_whole(q, dim, peak > 1e-30f ? 127.0f / peak : 0.0f, codes);
+    b.query_scales[place] = m.attention_scale * peak / (127.0f * larger);
+}
+
+// A token's key into the block of its slot: bfloat16 [E/2][16][2], int8 [E/4][16][4].
+template <typename T>
+INLINE void scatter_key(const T* from, int64_t dim, int64_t slot, T* block) {
+    constexpr int64_t TOGETHER = 4 / sizeof(T);
+    for (int64_t e = 0; e < dim; e += TOGETHER) std::memcpy(block + e * LANES + TOGETHER * slot, from + e, 4);
 }
 
 template <typename T>
-INLINE void scatter(const T* from, int64_t dim, int64_t slot, bool is_key, T* block) {
-    if (is_key) {
-        for (int64_t e = 0; e < dim; e += 2) std::memcpy(block + e * LANES + 2 * slot, from + e, 2 * sizeof(T));
-        return;
-    }
+INLINE void scatter_value(const T* from, int64_t dim, int64_t slot, T* block) {
     if (slot == 0) std::memset(block, 0, LANES * dim * sizeof(T));  // a weight of 0 must meet numbers, not leftovers
     typedef typename std::conditional<sizeof(T) == 1, uint16_t, uint32_t>::type Pair __attribute__((may_alias));
     typedef typename std::make_unsigned<T>::type Bits;
@@ -169,19 +198,24 @@ INLINE void scatter(const T* from, int64_t dim, int64_t slot, bool is_key, T* bl
 }
 
 // A key or value of one head into its slot of the cache.
-INLINE void put_cache(const Model& m, int64_t layer, int64_t head, bool is_key, int64_t block, int64_t slot,
-                      const float* x) {
+INLINE void put_cache(const Model& m, int64_t layer, int64_t head, bool is_key, int64_t block, int64_t slot, float* x) {
     const int64_t dim = m.head_dim, place = (layer * m.kv_heads + head) * m.num_blocks + block;
     char* pool = is_key ? m.keys : m.values;
     if (!m.kv_int8) {
-        uint16_t rounded[256];
+        uint16_t rounded[256], *to = reinterpret_cast<uint16_t*>(pool) + place * LANES * dim;
         for (int64_t i = 0; i < dim; i += LANES) store(rounded + i, to_bf16(load<f32x16>(x + i)));
-        return scatter(rounded, dim, slot, is_key, reinterpret_cast<uint16_t*>(pool) + place * LANES * dim);
+        return is_key ? scatter_key(rounded, dim, slot, to) : scatter_value(rounded, dim, slot, to);
     }
+    if (is_key) spread(x, dim);
     const float peak = peak_of(x, dim);
-    int8_t whole[256];
+    int8_t whole[256], *to = reinterpret_cast<int8_t*>(pool) + place * LANES * dim;
     to_whole(x, dim, peak > 1e-30f ? 127.0f / peak : 0.0f, whole);
-    scatter(whole, dim, slot, is_key, reinterpret_cast<int8_t*>(pool) + place * LANES * dim);
+    if (is_key) {
+        for (int64_t i = 0; i < dim; i++) whole[i] = int8_t(whole[i] ^ -128);  // an unsigned code, 128 more
+        scatter_key(whole, dim, slot, to);
+    } else {
+        scatter_value(whole, dim, slot, to);
+    }
     float* scales = (is_key ? m.key_scales : m.value_scales) + place * LANES;
     if (slot == 0) std::memset(scales, 0, LANES * sizeof(float));
     scales[slot] = peak / 127.0f;
@@ -240,7 +274,7 @@ INLINE void ask_for(const Model& m, int64_t layer, const Task& task) {
     }
 }
 
-template <typename KV, typename Q>
+template <typename KV>
 INLINE void attend_task(const Model& m, int64_t layer, const Task& task, Buffers& b) {
     const int64_t dim = m.head_dim, group = m.heads / m.kv_heads, rows = task.tokens * group;
     const int64_t first = task.span->row + task.first, place = place_of_query(m, b, first, task.head * group);
@@ -252,7 +286,8 @@ INLINE void attend_task(const Model& m, int64_t layer, const Task& task, Buffers
                         reinterpret_cast<const KV*>(m.values) + head * LANES * dim, m.key_scales + head * LANES,
                         m.value_scales + head * LANES};
     QueryBlock work{task.tokens, group, task.span->start + task.first, m.layers[layer].window, task.span->blocks};
-    attend(work, cache, reinterpret_cast<const Q*>(b.queries) + place * dim, b.query_scales + place, dim, out);
+    attend(work, cache, reinterpret_cast<const KV*>(b.queries) + place * dim, b.query_scales + place,
+           b.query_starts + place, dim, out);
 }
 
 // y += W x for some panels.
@@ -385,8 +420,9 @@ void forward(const Model& m, const Step& step) {
     b.rows = rows;
     b.x = reinterpret_cast<float*>(scratch(1, rows * m.hidden * 4));
     b.attended = reinterpret_cast<float*>(scratch(2, rows * width * 4));
-    b.angles = reinterpret_cast<float*>(scratch(3, rows * (m.head_dim + m.heads) * 4));
+    b.angles = reinterpret_cast<float*>(scratch(3, rows * (m.head_dim + 2 * m.heads) * 4));
     b.query_scales = b.angles + rows * m.head_dim;
+    b.query_starts = reinterpret_cast<int32_t*>(b.query_scales + rows * m.heads);
     b.queries = scratch(4, rows * width * 2);
     int64_t hidden_bytes = Activations::bytes(scored, m.head.padded), heads_bytes = 0, inner_bytes = 0;
     for (const Layer& layer : m.layers) {
@@ -415,9 +451,9 @@ void forward(const Model& m, const Step& step) {
                 for (int64_t t = first; t < end; t++) {
                     if (t + 1 < int64_t(b.tasks.size())) ask_for(m, l, b.tasks[t + 1]);
                     if (m.kv_int8)
-                        attend_task<int8_t, int16_t>(m, l, b.tasks[t], b);
+                        attend_task<int8_t>(m, l, b.tasks[t], b);
                     else
-                        attend_task<uint16_t, uint16_t>(m, l, b.tasks[t], b);
+                        attend_task<uint16_t>(m, l, b.tasks[t], b);
                 }
             });
             worker.run(tiles, [&](int64_t first, int64_t end) {
