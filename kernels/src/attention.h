@@ -113,6 +113,17 @@ void attend(const QueryBlock& work, const HeadCache<KV>& cache, const KV* querie
         const int64_t until = from + STRETCH < last_end ? from + STRETCH : last_end;
         const int64_t num_blocks = (until - from + LANES - 1) / LANES;
         const int64_t* blocks = work.blocks + from / LANES;
+        f32x16 steps[STRETCH / LANES];  // of int8: what a weight of 1 becomes for each value, at most 32,767
+        float factor = 1.0f;
+        if constexpr (INT8) {
+            f32x16 peak = {};
+            for (int64_t b = 0; b < num_blocks; b++) {
+                steps[b] = load<f32x16>(cache.value_scales + blocks[b] * LANES);
+                peak = larger(peak, steps[b]);
+            }
+            factor = largest(peak) / 32767.0f;
+            for (int64_t b = 0; b < num_blocks; b++) steps[b] *= factor > 1e-30f ? 1.0f / factor : 0.0f;
+        }
         for (int64_t b = 0; b < num_blocks; b++) {
             const KV* keys = cache.keys + blocks[b] * block_size;
             f32x16 key_scale = splat(1.0f);
@@ -152,29 +163,16 @@ void attend(const QueryBlock& work, const HeadCache<KV>& cache, const KV* querie
                 continue;
             }
             const float fade = now == most[r] ? 1.0f : std::exp2(most[r] - now);
-            f32x16 added = {}, heaviest = {};
+            f32x16 added = {};
             for (int64_t b = 0; b < num_blocks; b++) {
-                f32x16 p = exp2_negative(load<f32x16>(s + b * LANES) - now);
+                const f32x16 p = exp2_negative(load<f32x16>(s + b * LANES) - now);
                 added += p;
-                if constexpr (INT8) {
-                    p *= load<f32x16>(cache.value_scales + blocks[b] * LANES);
-                    heaviest = larger(heaviest, p);
-                    store(s + b * LANES, p);
-                } else {
+                if constexpr (INT8)
+                    store(weights[r] + b * LANES, __builtin_convertvector(nearest(p * steps[b]), i16x16));
+                else
                     store(weights[r] + b * LANES, to_bf16(p));
-                }
             }
-            factors[r] = 1;
-            if constexpr (INT8) {
-                const float peak_weight = largest(heaviest), inverse = peak_weight > 0 ? 32767.0f / peak_weight : 0.0f;
-                typedef int16_t i16x16 __attribute__((vector_size(32)));
-                for (int64_t b = 0; b < num_blocks; b++) {
-                    const f32x16 p = load<f32x16>(s + b * LANES) * inverse + 0.5f;
-                    const i32x16 whole = __builtin_convertvector(p < 32767.0f ? p : splat(32767.0f), i32x16);
-                    store(weights[r] + b * LANES, __builtin_convertvector(whole, i16x16));
-                }
-                factors[r] = peak_weight / 32767.0f;
-            }
+            factors[r] = factor;
             if (fade != 1.0f)
                 for (int64_t e = 0; e < dim; e += LANES) store(sum + r * dim + e, load<f32x16>(sum + r * dim + e) * fade);
             total[r] = total[r] * fade + bimo::BIMO_ISA::sum(added);
