@@ -113,17 +113,9 @@ void attend(const QueryBlock& work, const HeadCache<KV>& cache, const KV* querie
         const int64_t until = from + STRETCH < last_end ? from + STRETCH : last_end;
         const int64_t num_blocks = (until - from + LANES - 1) / LANES;
         const int64_t* blocks = work.blocks + from / LANES;
-        f32x16 steps[STRETCH / LANES];  // of int8: what a weight of 1 becomes for each value, at most 32,767
-        float factor = 1.0f;
-        if constexpr (INT8) {
-            f32x16 peak = {};
-            for (int64_t b = 0; b < num_blocks; b++) {
-                steps[b] = load<f32x16>(cache.value_scales + blocks[b] * LANES);
-                peak = larger(peak, steps[b]);
-            }
-            factor = largest(peak) / 32767.0f;
-            for (int64_t b = 0; b < num_blocks; b++) steps[b] *= factor > 1e-30f ? 1.0f / factor : 0.0f;
-        }
+        f32x16 value_scales[STRETCH / LANES];
+        for (int64_t b = 0; INT8 && b < num_blocks; b++)
+            value_scales[b] = load<f32x16>(cache.value_scales + blocks[b] * LANES);
         for (int64_t b = 0; b < num_blocks; b++) {
             const KV* keys = cache.keys + blocks[b] * block_size;
             f32x16 key_scale = splat(1.0f);
@@ -154,8 +146,12 @@ void attend(const QueryBlock& work, const HeadCache<KV>& cache, const KV* querie
             float* s = scores[r];
             for (int64_t i = 0; i < low && i < num_blocks * LANES; i++) s[i] = UNSEEN;
             for (int64_t i = high < 0 ? 0 : high; i < num_blocks * LANES; i++) s[i] = UNSEEN;
-            f32x16 peak = splat(most[r]);
-            for (int64_t b = 0; b < num_blocks; b++) peak = larger(peak, load<f32x16>(s + b * LANES));
+            f32x16 peak = splat(most[r]), widest = {};
+            for (int64_t b = 0; b < num_blocks; b++) {
+                const f32x16 score = load<f32x16>(s + b * LANES);
+                peak = larger(peak, score);  // and of what is seen only: the rest depends on who is computed beside it
+                if constexpr (INT8) widest = larger(widest, score > UNSEEN ? value_scales[b] : f32x16{});
+            }
             const float now = largest(peak);
             if (now <= UNSEEN) {  // nothing of this stretch is seen
                 std::memset(weights[r], 0, sizeof weights[r]);
@@ -164,15 +160,17 @@ void attend(const QueryBlock& work, const HeadCache<KV>& cache, const KV* querie
             }
             const float fade = now == most[r] ? 1.0f : std::exp2(most[r] - now);
             f32x16 added = {};
+            // of int8: what a weight of 1 becomes, for the value with the widest steps 32,767
+            const float step = INT8 ? largest(widest) / 32767.0f : 1.0f, inverse = step > 1e-30f ? 1.0f / step : 0.0f;
             for (int64_t b = 0; b < num_blocks; b++) {
                 const f32x16 p = exp2_negative(load<f32x16>(s + b * LANES) - now);
                 added += p;
                 if constexpr (INT8)
-                    store(weights[r] + b * LANES, __builtin_convertvector(nearest(p * steps[b]), i16x16));
+                    store(weights[r] + b * LANES, __builtin_convertvector(nearest(p * (value_scales[b] * inverse)), i16x16));
                 else
                     store(weights[r] + b * LANES, to_bf16(p));
             }
-            factors[r] = factor;
+            factors[r] = step;
             if (fade != 1.0f)
                 for (int64_t e = 0; e < dim; e += LANES) store(sum + r * dim + e, load<f32x16>(sum + r * dim + e) * fade);
             total[r] = total[r] * fade + bimo::BIMO_ISA::sum(added);
