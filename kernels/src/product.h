@@ -54,19 +54,17 @@ INLINE void quantise_section(Activations& to, int64_t row, int64_t s, int64_t ve
     const float peak = largest(sizes);
     const float scale = peak * (1.0f / 127.0f), inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
     int8_t* codes = to.codes + tile * TILE * to.padded + s * to.section * width + 4 * place;
-    i32x16 total = {};
+    u32x16 total = {};
     for (int64_t i = 0; i < vectors; i++) {
-        const i32x16 whole = nearest(read(i) * inverse);
-        total += whole;
         int8_t bytes[16];
-        store(bytes, __builtin_convertvector(whole, i8x16));
+        total += to_bytes(nearest(read(i) * inverse), bytes);
         for (int64_t j = 0; j < 4; j++, codes += 4 * width) std::memcpy(codes, bytes + 4 * j, 4);
     }
-    const int32_t sum_codes = sum(total);
+    const uint32_t sum_codes = sum(total);
     const int64_t at = tile * TILE * to.sections() + s * width + place;
     to.scales[at] = to.transformed ? scale * 0.125f : scale;
-    to.starts[at] = -128 * sum_codes;
-    to.sums[at] = scale * float(sum_codes);
+    to.starts[at] = int32_t(0u - 128u * sum_codes);
+    to.sums[at] = scale * float(int32_t(sum_codes));
 }
 
 // room: `padded` floats.

@@ -33,7 +33,13 @@ INLINE void store(T* to, V value) {
 }
 INLINE f32x16 splat(float x) { return x - f32x16{}; }
 INLINE i32x16 nearest(f32x16 x) {  // below 2^22: 1.5 * 2^23 leaves the nearest whole number in the lowest bits
-    return (i32x16)(x + 12582912.0f) - 0x4b400000;
+    return (i32x16)((u32x16)(x + 12582912.0f) - 0x4b400000u);
+}
+// Whole numbers that lie in a byte, to bytes at `to`; returns them to be summed up. Without signs: what a broken model's
+// infinities become must overflow somehow.
+INLINE u32x16 to_bytes(i32x16 whole, int8_t* to) {
+    store(to, __builtin_convertvector(whole, i8x16));
+    return (u32x16)whole;
 }
 INLINE f32x16 to_float(i32x16 x) { return __builtin_convertvector(x, f32x16); }
 // a b + c, rounded once where the processor can. Said, not left to the compiler: it contracts the same line in one copy of a
@@ -66,8 +72,8 @@ INLINE f32x16 size_of(f32x16 x) { return (f32x16)((u32x16)x & 0x7fffffff); }
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
-typedef int32_t i32x4 __attribute__((vector_size(16)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
 
 // Across the lanes: halves with halves.
 template <typename Eight, typename Four, typename Sixteen>
@@ -81,7 +87,8 @@ INLINE auto add_lanes(Sixteen x) {
     return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
 INLINE float sum(f32x16 x) { return add_lanes<f32x8, f32x4>(x); }
-INLINE int32_t sum(i32x16 x) { return add_lanes<i32x8, i32x4>(x); }
+INLINE uint32_t sum(u32x16 x) { return add_lanes<u32x8, u32x4>(x); }
+INLINE int32_t sum(i32x16 x) { return int32_t(sum((u32x16)x)); }
 INLINE float largest(f32x16 x) {
     f32x8 eight[2];
     std::memcpy(eight, &x, sizeof x);

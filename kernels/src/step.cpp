@@ -130,13 +130,9 @@ INLINE float peak_of(const float* x, int64_t size) {
 }
 
 // Rounded x * inverse; returns their sum.
-INLINE int32_t to_whole(const float* x, int64_t size, float inverse, int8_t* to) {
-    i32x16 total = {};
-    for (int64_t i = 0; i < size; i += LANES) {
-        const i32x16 whole = nearest(load<f32x16>(x + i) * inverse);
-        total += whole;
-        store(to + i, __builtin_convertvector(whole, i8x16));
-    }
+INLINE uint32_t to_whole(const float* x, int64_t size, float inverse, int8_t* to) {
+    u32x16 total = {};
+    for (int64_t i = 0; i < size; i += LANES) total += to_bytes(nearest(load<f32x16>(x + i) * inverse), to + i);
     return sum(total);
 }
 
@@ -175,7 +171,7 @@ INLINE void put_query(const Model& m, Buffers& b, int64_t row, int64_t head, flo
     }
     const float larger = spread(q, dim), peak = peak_of(q, dim);
     int8_t* codes = reinterpret_cast<int8_t*>(b.queries) + place * dim;
-    b.query_starts[place] = -128 * to_whole(q, dim, peak > 1e-30f ? 127.0f / peak : 0.0f, codes);
+    b.query_starts[place] = int32_t(0u - 128u * to_whole(q, dim, peak > 1e-30f ? 127.0f / peak : 0.0f, codes));
     b.query_scales[place] = m.attention_scale * peak / (127.0f * larger);
 }
 
