@@ -44,4 +44,4 @@ __all__ = [
     "product",
 ]
 
-INTERFACE = 8  # what bimo.engine.kernels asks for; raised with every change of what is taken or given
+INTERFACE = 9  # what bimo.engine.kernels asks for; raised with every change of what is taken or given

@@ -3,8 +3,9 @@
 //
 // A cache block holds 16 tokens, one a lane: with keys as [E/2][16][2], scores of 16 tokens come from E/2 products of
 // pairs and no sum across lanes; with values as [8][E][2], 16 columns of the result from 8. int8 keys and values carry
-// a scale a token and head. Queries are then int8 too (both were spread by `hadamard`, so that no column has outliers) and
-// keys [E/4][16][4] codes, 128 more than they stand for; weights are 16-bit whole numbers, as many are small ones.
+// a scale a token and head, and lie four by four: keys [E/4][16][4], as codes 128 more than they stand for, and values
+// [4][E][4]. Queries are then int8 too (both were spread by `hadamard`, so that no column has outliers), and weights
+// are bytes whose step is a 255th of the heaviest in a stretch.
 #pragma once
 #include <type_traits>
 
@@ -41,19 +42,23 @@ INLINE void score_block(const int8_t* keys, const int8_t* queries, const int32_t
     for (int r = 0; r < R; r++) out[r] = to_float(total[0][r] + total[1][r]);
 }
 
+INLINE f32x16 weigh(f32x16 total, const uint16_t* values, const uint16_t* weights) { return dot2(total, values, weights); }
+INLINE i32x16 weigh(i32x16 total, const int8_t* values, const uint8_t* weights) { return dot4(total, values, weights); }
+
 // sum[r][64 columns] += weights[r] . values of a stretch's blocks. PARTS: vectors of 16 columns at once.
 template <int R, int PARTS, typename KV, typename P>
 INLINE void weigh_blocks(const KV* values, const int64_t* blocks, int64_t num_blocks, int64_t block_size,
                          const P* weights, int64_t dim, int64_t column, float* sum, const float* factors) {
     using Sum = typename std::conditional<std::is_same<KV, uint16_t>::value, f32x16, i32x16>::type;
+    constexpr int64_t TOGETHER = 4 / sizeof(KV);  // tokens
     Sum total[R][PARTS] = {};
     for (int64_t b = 0; b < num_blocks; b++) {
-        const KV* block = values + blocks[b] * block_size + 2 * column;
-        for (int64_t pair = 0; pair < 8; pair++)
+        const KV* block = values + blocks[b] * block_size + TOGETHER * column;
+        for (int64_t t = 0; t < LANES; t += TOGETHER)
             for (int r = 0; r < R; r++)
                 for (int c = 0; c < PARTS; c++)
-                    total[r][c] = dot2(total[r][c], block + pair * 2 * dim + 2 * LANES * c,
-                                       weights + r * STRETCH + b * LANES + 2 * pair);
+                    total[r][c] = weigh(total[r][c], block + t * dim + TOGETHER * LANES * c,
+                                        weights + r * STRETCH + b * LANES + t);
     }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < PARTS; c++) {
@@ -98,7 +103,7 @@ template <typename KV>
 void attend(const QueryBlock& work, const HeadCache<KV>& cache, const KV* queries, const float* query_scales,
             const int32_t* query_starts, int64_t dim, float* const* out) {
     constexpr bool INT8 = std::is_same<KV, int8_t>::value;
-    using Weight = typename std::conditional<INT8, int16_t, uint16_t>::type;
+    using Weight = typename std::conditional<INT8, uint8_t, uint16_t>::type;
     const int64_t rows = work.tokens * work.group, block_size = dim * LANES;
     alignas(64) float scores[QUERY_ROWS][STRETCH];
     alignas(64) Weight weights[QUERY_ROWS][STRETCH];
@@ -146,12 +151,8 @@ void attend(const QueryBlock& work, const HeadCache<KV>& cache, const KV* querie
             float* s = scores[r];
             for (int64_t i = 0; i < low && i < num_blocks * LANES; i++) s[i] = UNSEEN;
             for (int64_t i = high < 0 ? 0 : high; i < num_blocks * LANES; i++) s[i] = UNSEEN;
-            f32x16 peak = splat(most[r]), widest = {};
-            for (int64_t b = 0; b < num_blocks; b++) {
-                const f32x16 score = load<f32x16>(s + b * LANES);
-                peak = larger(peak, score);  // and of what is seen only: the rest depends on who is computed beside it
-                if constexpr (INT8) widest = larger(widest, score > UNSEEN ? value_scales[b] : f32x16{});
-            }
+            f32x16 peak = splat(most[r]);
+            for (int64_t b = 0; b < num_blocks; b++) peak = larger(peak, load<f32x16>(s + b * LANES));
             const float now = largest(peak);
             if (now <= UNSEEN) {  // nothing of this stretch is seen
                 std::memset(weights[r], 0, sizeof weights[r]);
@@ -159,18 +160,27 @@ void attend(const QueryBlock& work, const HeadCache<KV>& cache, const KV* querie
                 continue;
             }
             const float fade = now == most[r] ? 1.0f : std::exp2(most[r] - now);
-            f32x16 added = {};
-            // of int8: what a weight of 1 becomes, for the value with the widest steps 32,767
-            const float step = INT8 ? largest(widest) / 32767.0f : 1.0f, inverse = step > 1e-30f ? 1.0f / step : 0.0f;
+            f32x16 added = {}, heaviest = {};
             for (int64_t b = 0; b < num_blocks; b++) {
-                const f32x16 p = exp2_negative(load<f32x16>(s + b * LANES) - now);
+                f32x16 p = exp2_negative(load<f32x16>(s + b * LANES) - now);
                 added += p;
-                if constexpr (INT8)
-                    store(weights[r] + b * LANES, __builtin_convertvector(nearest(p * (value_scales[b] * inverse)), i16x16));
-                else
+                if constexpr (INT8) {
+                    p *= value_scales[b];
+                    heaviest = larger(heaviest, p);
+                    store(s + b * LANES, p);
+                } else {
                     store(weights[r] + b * LANES, to_bf16(p));
+                }
             }
-            factors[r] = step;
+            factors[r] = 1.0f;
+            if constexpr (INT8) {
+                const float weight = largest(heaviest), inverse = weight > 1e-30f ? 255.0f / weight : 0.0f;
+                for (int64_t b = 0; b < num_blocks; b++) {
+                    const i32x16 whole = nearest(load<f32x16>(s + b * LANES) * inverse);
+                    store(weights[r] + b * LANES, lowest_bytes(whole));
+                }
+                factors[r] = weight * (1.0f / 255.0f);
+            }
             if (fade != 1.0f)
                 for (int64_t e = 0; e < dim; e += LANES) store(sum + r * dim + e, load<f32x16>(sum + r * dim + e) * fade);
             total[r] = total[r] * fade + bimo::BIMO_ISA::sum(added);

@@ -67,7 +67,7 @@ struct Model {
     int64_t num_positions = 0;
     const float* frequencies = nullptr;    // rotary [E / 2], or none
     // The cache, a layer after the other. bfloat16: keys [K][block][E/2][16][2], values [K][block][8][E][2]; int8: keys
-    // [K][block][E/4][16][4], values the same, and one float32 scale a token and head [K][block][16] each.
+    // [K][block][E/4][16][4], values [K][block][4][E][4], and one float32 scale a token and head [K][block][16] each.
     char *keys = nullptr, *values = nullptr;
     float *key_scales = nullptr, *value_scales = nullptr;
     int64_t num_blocks = 0;

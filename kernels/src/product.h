@@ -56,8 +56,10 @@ INLINE void quantise_section(Activations& to, int64_t row, int64_t s, int64_t ve
     int8_t* codes = to.codes + tile * TILE * to.padded + s * to.section * width + 4 * place;
     u32x16 total = {};
     for (int64_t i = 0; i < vectors; i++) {
+        const i32x16 whole = nearest(read(i) * inverse);
+        total += (u32x16)whole;  // without signs: what a broken model's infinities become must overflow somehow
         int8_t bytes[16];
-        total += to_bytes(nearest(read(i) * inverse), bytes);
+        store(bytes, lowest_bytes(whole));
         for (int64_t j = 0; j < 4; j++, codes += 4 * width) std::memcpy(codes, bytes + 4 * j, 4);
     }
     const uint32_t sum_codes = sum(total);

@@ -18,7 +18,6 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 
 template <typename V, typename T>
@@ -35,11 +34,20 @@ INLINE f32x16 splat(float x) { return x - f32x16{}; }
 INLINE i32x16 nearest(f32x16 x) {  // below 2^22: 1.5 * 2^23 leaves the nearest whole number in the lowest bits
     return (i32x16)((u32x16)(x + 12582912.0f) - 0x4b400000u);
 }
-// Whole numbers that lie in a byte, to bytes at `to`; returns them to be summed up. Without signs: what a broken model's
-// infinities become must overflow somehow.
-INLINE u32x16 to_bytes(i32x16 whole, int8_t* to) {
-    store(to, __builtin_convertvector(whole, i8x16));
-    return (u32x16)whole;
+// The lowest byte of each. (Compilers make sixteen insertions of a __builtin_convertvector.)
+INLINE i8x16 lowest_bytes(i32x16 x) {
+#if defined(__AVX512F__)
+    return (i8x16)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(__AVX2__)
+    x &= 255;
+    __m256i half[2];
+    std::memcpy(half, &x, sizeof x);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xd8);
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(words, words), 0x08);
+    return (i8x16)_mm256_castsi256_si128(bytes);
+#else
+    return __builtin_convertvector(x, i8x16);
+#endif
 }
 INLINE f32x16 to_float(i32x16 x) { return __builtin_convertvector(x, f32x16); }
 // a b + c, rounded once where the processor can. Said, not left to the compiler: it contracts the same line in one copy of a
@@ -265,7 +273,7 @@ INLINE void load_halves(const uint8_t* from, Codes& low, Codes& high) {
 }
 #endif
 
-// --- pairs of bfloat16 in each of 16 lanes, and pairs of int8 by int16 ------------------------------------------------
+// --- pairs of bfloat16 in each of 16 lanes ---------------------------------------------------------------------------
 
 INLINE f32x16 dot2(f32x16 total, const uint16_t* pairs, const uint16_t* two) {
     uint32_t bits;
@@ -280,25 +288,29 @@ INLINE f32x16 dot2(f32x16 total, const uint16_t* pairs, const uint16_t* two) {
 #endif
 }
 
-INLINE i32x16 dot2(i32x16 total, const int8_t* pairs, const int16_t* two) {
-    int32_t bits;
-    std::memcpy(&bits, two, 4);
+// --- 4 signed by 4 unsigned bytes in each of 16 lanes ----------------------------------------------------------------
+
+INLINE i32x16 dot4(i32x16 total, const int8_t* fours, const uint8_t* four) {
+    int32_t bytes;
+    std::memcpy(&bytes, four, 4);
 #if defined(__AVX512VNNI__)
-    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)pairs));
-    return (i32x16)_mm512_dpwssd_epi32((__m512i)total, wide, _mm512_set1_epi32(bits));
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32(bytes), _mm512_loadu_si512(fours));
 #elif defined(__AVX2__)
+    const __m256i all = _mm256_set1_epi32(bytes);
+    const __m256i even = _mm256_and_si256(all, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(all, 8);
     __m256i sums[2];
     std::memcpy(sums, &total, sizeof total);
-    const __m256i all = _mm256_set1_epi32(bits);
     for (int i = 0; i < 2; i++) {
-        const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(pairs + 16 * i)));
-        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(wide, all));
+        const __m256i x = _mm256_loadu_si256((const __m256i*)(fours + 32 * i));
+        const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
+        sums[i] = _mm256_add_epi32(
+            sums[i], _mm256_add_epi32(_mm256_madd_epi16(x_even, even), _mm256_madd_epi16(x_odd, odd)));
     }
     std::memcpy(&total, sums, sizeof total);
     return total;
 #else
     for (int lane = 0; lane < 16; lane++)
-        total[lane] += int32_t(pairs[2 * lane]) * two[0] + int32_t(pairs[2 * lane + 1]) * two[1];
+        for (int i = 0; i < 4; i++) total[lane] += int32_t(fours[4 * lane + i]) * four[i];
     return total;
 #endif
 }

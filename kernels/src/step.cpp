@@ -132,7 +132,11 @@ INLINE float peak_of(const float* x, int64_t size) {
 // Rounded x * inverse; returns their sum.
 INLINE uint32_t to_whole(const float* x, int64_t size, float inverse, int8_t* to) {
     u32x16 total = {};
-    for (int64_t i = 0; i < size; i += LANES) total += to_bytes(nearest(load<f32x16>(x + i) * inverse), to + i);
+    for (int64_t i = 0; i < size; i += LANES) {
+        const i32x16 whole = nearest(load<f32x16>(x + i) * inverse);
+        total += (u32x16)whole;
+        store(to + i, lowest_bytes(whole));
+    }
     return sum(total);
 }
 
@@ -182,15 +186,17 @@ INLINE void scatter_key(const T* from, int64_t dim, int64_t slot, T* block) {
     for (int64_t e = 0; e < dim; e += TOGETHER) std::memcpy(block + e * LANES + TOGETHER * slot, from + e, 4);
 }
 
+// A value: bfloat16 [8][E][2], int8 [4][E][4].
 template <typename T>
 INLINE void scatter_value(const T* from, int64_t dim, int64_t slot, T* block) {
     if (slot == 0) std::memset(block, 0, LANES * dim * sizeof(T));  // a weight of 0 must meet numbers, not leftovers
-    typedef typename std::conditional<sizeof(T) == 1, uint16_t, uint32_t>::type Pair __attribute__((may_alias));
-    typedef typename std::make_unsigned<T>::type Bits;
-    Pair* to = reinterpret_cast<Pair*>(block + slot / 2 * 2 * dim);
-    const int shift = slot % 2 ? 8 * sizeof(T) : 0;
-    const Pair kept = Pair(Pair(Bits(~Bits(0))) << (8 * sizeof(T) - shift));
-    for (int64_t e = 0; e < dim; e++) to[e] = Pair((to[e] & kept) | (Pair(Bits(from[e])) << shift));
+    constexpr int64_t TOGETHER = 4 / sizeof(T), BITS = 8 * sizeof(T);
+    typedef uint32_t Word __attribute__((may_alias));
+    typedef typename std::make_unsigned<T>::type Number;
+    Word* to = reinterpret_cast<Word*>(block + slot / TOGETHER * TOGETHER * dim);
+    const int shift = int(slot % TOGETHER * BITS);
+    const uint32_t kept = ~(uint32_t(Number(~Number(0))) << shift);
+    for (int64_t e = 0; e < dim; e++) to[e] = (to[e] & kept) | (uint32_t(Number(from[e])) << shift);
 }
 
 // A key or value of one head into its slot of the cache.
