@@ -1,7 +1,7 @@
 """From a model directory and the user's wishes to a runner: which weights, in which precision, by which loops.
 
     quant     weights                                    by the kernels          by plain torch
-    "int8"    8 bits, a scale every 32 columns           the whole step          rounded, then widened again
+    "int8"    8 bits, a scale a row (quant.weights)      the whole step          rounded, then widened again
     "int4"    4 bits, a scale every 32; the head 8       the whole step          the same
     "file"    as the GGUF file has them                  the whole step          the same
     "none"    bfloat16, float32 or float16 (`dtype`)     attention and norms     oneDNN's products
