@@ -22,21 +22,20 @@ import mmap
 import os
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from bimo.engine.fused import FusedWeights
 from bimo.engine.kernels import INTERFACE, load_kernels
 from bimo.runtime import cache_home
-
-if TYPE_CHECKING:
-    from bimo.engine.fused import FusedWeights
 
 __all__ = ["ROUNDING", "PackedFile"]
 
 ROUNDING = 3  # raised when bimo.quant or engine.fusing makes other numbers of the same weights
-LAYOUT = 2  # raised when the same numbers are written in another order
-_TYPES = {"U8": "uint8", "BF16": "uint16", "F16": "float16", "F32": "float32"}
+_TYPES = {"U8": np.uint8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 _LONGEST_HEADER = 1 << 26
-_NAMES = {number: name for name, number in _TYPES.items()}
+_NAMES = {np.dtype(number): name for name, number in _TYPES.items()}
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, MemoryError)
 log = logging.getLogger(__name__)
 
@@ -52,13 +51,7 @@ class PackedFile:
         # looked at before the weights are read: who changes them meanwhile changes this
         files = [source] if source.is_file() else sorted([*source.glob("*.safetensors"), source / "config.json"])
         stats = [(file.name, file.stat()) for file in files]
-        self.made_from = [
-            quant,
-            INTERFACE,
-            ROUNDING,
-            LAYOUT,
-            [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-        ]
+        self.made_from = [quant, INTERFACE, ROUNDING, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
 
     def read(self) -> FusedWeights | None:
         """The weights as they were packed, or None where that must be done (again)."""
@@ -116,8 +109,6 @@ def _read_header(stream: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _write(stream: Any, weights: FusedWeights, about: dict[str, Any]) -> None:
-    import numpy as np
-
     # codes first: each is a multiple of 256 bytes long, so that all of them begin at the start of a cache line
     arrays = {f"{name}.codes": matrix.codes for name, matrix in weights.matrices.items()}
     for name, matrix in weights.matrices.items():
@@ -131,7 +122,7 @@ def _write(stream: Any, weights: FusedWeights, about: dict[str, Any]) -> None:
     offset = 0
     for name, array in arrays.items():
         header[name] = {
-            "dtype": _NAMES[array.dtype.name],
+            "dtype": _NAMES[array.dtype],
             "shape": list(array.shape),
             "data_offsets": [offset, offset + array.nbytes],
         }
@@ -145,10 +136,6 @@ def _write(stream: Any, weights: FusedWeights, about: dict[str, Any]) -> None:
 
 def _read(memory: mmap.mmap, begin: int, header: dict[str, Any], about: dict[str, Any]) -> FusedWeights:
     """Views into `memory`, which they keep alive; tensors lie from `begin` on."""
-    import numpy as np
-
-    from bimo.engine.fused import FusedWeights
-
     kernels = load_kernels()
     assert kernels is not None
     found = FusedWeights(rope_factor=float(about["rope_factor"]), mapped=True)

@@ -57,7 +57,7 @@ Matrix matrix_of(const nb::tuple& t) {
     w.rows = nb::cast<int64_t>(t[1]);
     w.columns = nb::cast<int64_t>(t[2]);
     require(w.rows > 0 && w.columns > 0, "a matrix has rows and columns");
-    require(w.format != Format::ROW8 || (w.columns % HADAMARD == 0 && w.columns <= WIDEST),
+    require(w.format != Format::ROW8 || (w.columns % HADAMARD == 0 && w.columns <= MOST_COLUMNS),
             "rows with one scale have a multiple of 64 columns, at most 32,768");
     w.padded = (w.columns + GROUP - 1) / GROUP * GROUP;
     w.panels = (w.rows + LANES - 1) / LANES;

@@ -12,8 +12,8 @@ namespace bimo {
 constexpr int64_t LANES = 16;       // results computed side by side; also the tokens of a cache block
 constexpr int64_t TILE = 8;         // activation rows that share one pass over a panel
 constexpr int64_t GROUP = 32;       // columns that share a scale, of weights (as GGUF's blocks have) and activations
-constexpr int64_t HADAMARD = 64;        // columns that are transformed together, of weights that have a scale a row
-constexpr int64_t WIDEST = 1 << 15; // columns of such: more, and sums of 32 bits would not hold them
+constexpr int64_t HADAMARD = 64;    // columns that are transformed together, of weights that have a scale a row
+constexpr int64_t MOST_COLUMNS = 1 << 15;  // of such: with more, and sums of 32 bits would not hold them
 
 // Weights are unsigned codes q; w = scale * (q - 128) for 8 bits, w = scale * q + minimum for 4.
 //   BLOCK8   codes [panel][columns/4][16][4], scales float16 [panel][columns/32][16]

@@ -1,8 +1,8 @@
 // y = W x with 8-bit or 4-bit weights and activations quantised on the way: the loop where nearly all time goes.
 //
 // Activations lie in tiles of up to 8 rows, [columns/4][rows][4], so that a step through a panel meets them in order.
-// They get one scale for every 32 of them (one outlier would flatten a whole row), or, transformed (see `hadamard`), where no
-// outliers are left, one a row: sums are then whole numbers from end to end. An unsigned code q stands for q - 128, a signed
+// They get one scale for every 32 of them (one outlier would flatten a whole row), or, after `hadamard`, which leaves no
+// outliers, one a row: sums are then whole numbers from end to end. An unsigned code q stands for q - 128, a signed
 // activation for a: sum (q - 128) a = sum q a - 128 sum a, so 8-bit sums start at -128 sum a, and 4-bit ones add minimum
 // * sum a.
 #pragma once
@@ -72,12 +72,7 @@ INLINE void quantise_section(Activations& to, int64_t row, int64_t s, int64_t ve
 // room: `padded` floats.
 INLINE void quantise_row(Activations& to, int64_t row, const float* x, int64_t columns, float* room) {
     if (to.transformed) {
-        for (int64_t c = 0; c < columns; c += HADAMARD) {
-            f32x16 part[HADAMARD / LANES];
-            for (int64_t i = 0; i < HADAMARD / LANES; i++) part[i] = load<f32x16>(x + c + i * LANES);
-            hadamard(part);
-            for (int64_t i = 0; i < HADAMARD / LANES; i++) store(room + c + i * LANES, part[i]);
-        }
+        hadamard<HADAMARD / LANES>(x, room, columns);
         x = room;
     }
     for (int64_t s = 0; s < to.sections(); s++) {
@@ -270,12 +265,8 @@ inline void read_row(const Matrix& w, int64_t row, float* to) {  // 8 bits only
         return;
     }
     const float scale = half_to_float(halves)[lane] * 0.125f;
-    for (int64_t c = 0; c < w.columns; c += HADAMARD) {
-        f32x16 part[HADAMARD / LANES];
-        for (int64_t i = 0; i < HADAMARD; i++) part[i / LANES][i % LANES] = value(c + i);
-        hadamard(part);
-        for (int64_t i = 0; i < HADAMARD / LANES; i++) store(to + c + i * LANES, part[i] * scale);
-    }
+    for (int64_t c = 0; c < w.columns; c++) to[c] = scale * value(c);
+    hadamard<HADAMARD / LANES>(to, to, w.columns);
 }
 
 }  // namespace BIMO_ISA

@@ -145,6 +145,17 @@ INLINE void hadamard(f32x16 (&x)[N]) {
             }
 }
 
+// The same for every 16 N of `size` numbers; `from` and `to` may be one.
+template <int N>
+INLINE void hadamard(const float* from, float* to, int64_t size) {
+    for (int64_t at = 0; at < size; at += 16 * N) {
+        f32x16 x[N];
+        for (int i = 0; i < N; i++) x[i] = load<f32x16>(from + at + 16 * i);
+        hadamard(x);
+        for (int i = 0; i < N; i++) store(to + at + 16 * i, x[i]);
+    }
+}
+
 INLINE float from_bf16(uint16_t x) {
     uint32_t bits = uint32_t(x) << 16;
     float value;

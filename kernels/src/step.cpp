@@ -148,21 +148,11 @@ INLINE int64_t place_of_query(const Model& m, const Buffers& b, int64_t row, int
 
 // Spread a head's outliers; returns what products of two such heads are larger by.
 INLINE float spread(float* head, int64_t dim) {
-    constexpr int64_t N = HADAMARD / LANES;
     if (dim % HADAMARD == 0) {
-        for (float* at = head; at < head + dim; at += HADAMARD) {
-            f32x16 x[N];
-            for (int64_t i = 0; i < N; i++) x[i] = load<f32x16>(at + i * LANES);
-            hadamard(x);
-            for (int64_t i = 0; i < N; i++) store(at + i * LANES, x[i]);
-        }
+        hadamard<HADAMARD / LANES>(head, head, dim);
         return HADAMARD;
     }
-    for (float* at = head; at < head + dim; at += LANES) {
-        f32x16 x[1] = {load<f32x16>(at)};
-        hadamard(x);
-        store(at, x[0]);
-    }
+    hadamard<1>(head, head, dim);
     return LANES;
 }
 
