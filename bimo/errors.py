@@ -9,6 +9,8 @@
      │   └─ CorruptModelError     a file is half-fetched, truncated or tampered with
      ├─ DownloadError             a registry could not be reached or refused
      ├─ MissingDependencyError    an optional package is needed; the message has the install command
+     ├─ DataError                documents, tokens or checkpoints cannot be read or written
+     ├─ TrainingError            the loss is not a number, or exploded
      ├─ CapacityError             the queue is full, try later (HTTP 429); `.retry_after` in seconds
      └─ EngineError               generation failed for a reason that is ours (HTTP 500)
 
@@ -22,11 +24,13 @@ __all__ = [
     "CapacityError",
     "ContextLengthError",
     "CorruptModelError",
+    "DataError",
     "DownloadError",
     "EngineError",
     "MissingDependencyError",
     "ModelError",
     "ModelNotFoundError",
+    "TrainingError",
     "UnsupportedModelError",
     "UsageError",
 ]
@@ -81,6 +85,14 @@ class CorruptModelError(ModelError):
 
 class DownloadError(BimoError):
     """A registry could not be reached, or refused."""
+
+
+class DataError(BimoError):
+    """Documents, tokens or checkpoints cannot be read or written."""
+
+
+class TrainingError(BimoError):
+    """Training cannot go on."""
 
 
 class MissingDependencyError(BimoError):

@@ -20,7 +20,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [("README.md", "README.zh.md")] + [
-    (f"docs/en/{name}.md", f"docs/zh/{name}.md") for name in ("index", "models", "python", "server", "speed")
+    (f"docs/en/{name}.md", f"docs/zh/{name}.md")
+    for name in ("index", "models", "python", "recipes", "server", "speed", "training")
 ]
 BLOCK = re.compile(r"(<!-- run(?:: server)? -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 TAGGED = re.compile(r"<!-- run(: server)? -->\n```(\w+)\n(.*?)```", re.DOTALL)

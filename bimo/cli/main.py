@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
-from bimo.cli import bench, chat, convert, doctor, generate, models, serve
+from bimo.cli import bench, chat, convert, data, doctor, generate, models, serve, tokenizer
 from bimo.cli.eval import evaluate
+from bimo.cli.run import run
 from bimo.errors import BimoError, UsageError
 
 __all__ = ["app", "main"]
@@ -37,6 +38,9 @@ app.command()(convert.convert)
 app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command("eval")(evaluate)
+app.command()(run)
+app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer")
 
 
 def _print_version(wanted: bool) -> None:

@@ -6,6 +6,7 @@ An option that was not given is not passed on, so that each model's own defaults
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from bimo.backends.facade import Model
 
 __all__ = [
+    "MODEL_HELP",
     "BestOf",
     "DraftModel",
     "Dtype",
@@ -25,8 +27,11 @@ __all__ = [
     "MinP",
     "MinTokens",
     "ModelArgument",
+    "Out",
+    "Overrides",
     "PresencePenalty",
     "Quant",
+    "RecipeArgument",
     "RepetitionPenalty",
     "Seed",
     "Speculation",
@@ -45,6 +50,12 @@ __all__ = [
 
 MODEL_HELP = "A name (see `bimo models`), a directory, a .gguf, hf:org/name, modelscope:org/name or pypi:name==version."
 
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a TOML file (see recipes/).")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder; else runs/NAME.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Another value, e.g. training.steps=50; may be repeated."),
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Dtype = Annotated[
     str | None, typer.Option(help="auto, float32, bfloat16 or float16; auto is what this processor does fast.")

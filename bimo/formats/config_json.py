@@ -45,6 +45,11 @@ def config_from_hf(raw: Any, *, where: str = "config.json") -> DecoderConfig:
     fields = Fields(raw, where)
     family_name = fields.text("model_type")
     family = FAMILIES.get(family_name)
+    if family_name == "bert":
+        raise UnsupportedModelError(
+            f"{where}: bert is an encoder, which reads text and does not write it: open it with "
+            f"bimo.formats.huggingface.load_encoder, for embeddings, classes and masked words"
+        )
     if family is None:
         raise UnsupportedModelError(
             f"{where}: bimo does not implement model_type {family_name!r}, it runs {', '.join(FAMILIES)}; "

@@ -4,6 +4,7 @@
     for name, tensor in load_weights(directory, config):         # bimo's names, one tensor in memory at a time
         decoder.get_parameter(name).data.copy_(tensor)
     save_directory(new, config, decoder.named_parameters(), source=directory, lineage={"recipe": "..."})
+    encoder = load_encoder(directory)                            # BERT and its heads, saved by the same function
 
 transformers, vLLM and llama.cpp's converter read what `save_directory` writes, with equal logits. Nothing is pickled.
 """
@@ -22,14 +23,25 @@ from typing import TYPE_CHECKING, Any
 
 from bimo.errors import BimoError, CorruptModelError, ModelNotFoundError, UnsupportedModelError, UsageError
 from bimo.formats.config_json import config_from_hf, config_to_hf
+from bimo.formats.encoder_maps import encoder_from_hf, encoder_keys, encoder_to_hf
 from bimo.formats.maps import FAMILIES, Entry, KeyMap, tensor_plan
-from bimo.models.config import DecoderConfig
+from bimo.models.config import DecoderConfig, EncoderConfig, TransformerConfig
 
 if TYPE_CHECKING:
     import torch
     from safetensors import safe_open
 
-__all__ = ["load_weights", "read_config", "read_json", "save_directory", "staged_directory"]
+    from bimo.models.encoder import Encoder
+
+__all__ = [
+    "load_encoder",
+    "load_weights",
+    "read_config",
+    "read_encoder_config",
+    "read_json",
+    "save_directory",
+    "staged_directory",
+]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,7 +49,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 # Everything beside config and weights that a model directory may need to speak: copied from the source when saving.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json", "LICENSE",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "generation_config.json", "LICENSE",
 )  # fmt: skip
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -59,16 +71,41 @@ def read_json(file: Path) -> Any:
 
 
 def read_config(directory: Path) -> DecoderConfig:
-    """The architecture in `directory`/config.json (errors: `formats.config_json.config_from_hf`)."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ModelNotFoundError(str(directory), [], "no such model directory")
-    file = directory / "config.json"
+    """The decoder in `directory`/config.json (errors: `formats.config_json.config_from_hf`)."""
+    file = _config_file(directory)
     return config_from_hf(read_json(file), where=str(file))
 
 
-def load_weights(directory: Path, config: DecoderConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """All of the decoder's parameters as (bimo name, tensor) in the file's own number type, one after the other.
+def read_encoder_config(directory: Path) -> EncoderConfig:
+    """The encoder in `directory`, with the heads its weights hold (errors: `encoder_maps.encoder_from_hf`)."""
+    file = _config_file(directory)
+    raw = read_json(file)
+    with ExitStack() as stack:
+        handles = [stack.enter_context(_open(weights)) for weights in _weight_files(file.parent)]
+        names = {name for handle in handles for name in handle.keys()}  # noqa: SIM118 not a dict
+    return encoder_from_hf(raw, names, where=str(file))
+
+
+def load_encoder(directory: Path, dtype: torch.dtype | None = None) -> Encoder:
+    """The encoder in `directory`, in `dtype` or the file's own, ready to use: dropout is off until `.train()`."""
+    from bimo.models.empty import empty_encoder
+
+    config = read_encoder_config(directory)
+    model = empty_encoder(config)
+    for name, tensor in load_weights(directory, config):
+        model.load_state_dict({name: tensor.to(dtype, copy=True)}, strict=False, assign=True)
+    return model.eval()
+
+
+def _config_file(directory: Path) -> Path:
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ModelNotFoundError(str(directory), [], "no such model directory")
+    return directory / "config.json"
+
+
+def load_weights(directory: Path, config: TransformerConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """All of the model's parameters as (bimo name, tensor) in the file's own number type, one after the other.
 
     Files are mapped, not read: a tensor may be a view of the mapping, so copy it into the model and let it go. Names,
     shapes and number types of the whole model are checked before the first tensor is given out.
@@ -76,7 +113,7 @@ def load_weights(directory: Path, config: DecoderConfig) -> Iterator[tuple[str, 
     UnsupportedModelError (pickled or quantised weights), each naming the file.
     """
     directory = Path(directory)
-    keys = FAMILIES[config.family].tensors
+    keys = _keys(config)
     plan = tensor_plan(config, keys)
     files = _weight_files(directory)
     with ExitStack() as stack:
@@ -85,6 +122,10 @@ def load_weights(directory: Path, config: DecoderConfig) -> Iterator[tuple[str, 
         found = _check_tensors(directory, config, keys, plan, where)
         stack.pop_all()
     return _stream(plan, found, where)
+
+
+def _keys(config: TransformerConfig) -> KeyMap:
+    return encoder_keys(config) if isinstance(config, EncoderConfig) else FAMILIES[config.family].tensors
 
 
 def _stream(plan: Mapping[str, Entry], found: Mapping[str, str], where: Mapping[str, Any]) -> Iterator[Any]:
@@ -133,22 +174,21 @@ def _open(file: Path) -> safe_open:
 
 
 def _check_tensors(
-    directory: Path, config: DecoderConfig, keys: KeyMap, plan: Mapping[str, Entry], where: Mapping[str, Any]
+    directory: Path, config: TransformerConfig, keys: KeyMap, plan: Mapping[str, Entry], where: Mapping[str, Any]
 ) -> dict[str, str]:
     """Match the plan against what the files hold; {name in the plan: name in the file}."""
     pieces = {piece.name: piece for entry in plan.values() for piece in entry.pieces}
     found: dict[str, str] = {}
     for name in pieces:
-        bare = name.removeprefix(keys.prefix)
-        if name in where or bare in where:
-            found[name] = name if name in where else bare
+        if spelling := next((spelling for spelling in keys.spellings(name) if spelling in where), None):
+            found[name] = spelling
     if missing := [name for name in pieces if name not in found]:
         raise CorruptModelError(
             f"{directory} lacks {len(missing)} of {len(pieces)} tensors of this {config.family} model "
             f"({_some(missing)}): config.json and weights do not belong together, or the download is incomplete"
         )
     ignored = re.compile(keys.ignored)
-    unknown = set(where) - set(found.values()) - {"lm_head.weight"}
+    unknown = set(where) - set(found.values()) - set(keys.copies)
     if unknown := {name for name in unknown if not ignored.fullmatch(name)}:
         raise CorruptModelError(
             f"{directory} has {len(unknown)} tensors that a {config.family} model of this config.json does not use "
@@ -166,19 +206,19 @@ def _check_tensors(
                 f"{directory}: {found[name]} is stored as {view.get_dtype()}, bimo reads {', '.join(sorted(FLOATS))}; "
                 f'serve quantised weights with backend = "vllm"'
             )
-    if config.tied_embeddings and "lm_head.weight" in where:
-        _check_tied_head(directory, found[plan["embed_tokens.weight"].pieces[0].name], where)
+    for copy, name in keys.copies.items():
+        if copy in where and copy not in found.values() and name in plan:
+            _check_copy(directory, copy, found[plan[name].pieces[0].name], where)
     return found
 
 
-def _check_tied_head(directory: Path, embedding: str, where: Mapping[str, Any]) -> None:
+def _check_copy(directory: Path, copy: str, original: str, where: Mapping[str, Any]) -> None:
     """Some tools write the tied head too; as a copy it is redundant, otherwise config.json is wrong about the tie."""
     import torch
 
-    head = where["lm_head.weight"].get_tensor("lm_head.weight")
-    if not torch.equal(head, where[embedding].get_tensor(embedding)):
+    if not torch.equal(where[copy].get_tensor(copy), where[original].get_tensor(original)):
         raise CorruptModelError(
-            f"{directory}: config.json ties lm_head to the embedding, the file has two different ones; "
+            f"{directory}: config.json ties {copy} to {original}, the file has two different ones; "
             f'if both are meant, set "tie_word_embeddings": false'
         )
 
@@ -190,7 +230,7 @@ def _some(names: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------- writing
 def save_directory(
     directory: Path,
-    config: DecoderConfig,
+    config: TransformerConfig,
     tensors: Iterable[tuple[str, torch.Tensor]],
     *,
     source: Path | None = None,
@@ -208,12 +248,13 @@ def save_directory(
     An existing model directory is replaced; all of it appears at once, by a rename, or (a full disk, an error of
     `tensors`) nothing changes. Raises UsageError for tensors that are not this model's.
     """
-    raw = config_to_hf(config)
-    plan = tensor_plan(config, FAMILIES[config.family].tensors)
+    raw = encoder_to_hf(config) if isinstance(config, EncoderConfig) else config_to_hf(config)
+    plan = tensor_plan(config, _keys(config))
     with staged_directory(Path(directory)) as stage:
         dtype = _write_shards(stage, plan, tensors, max_shard_bytes)
         token_ids = _copy_companions(stage, source) if source is not None else {}
-        _write_json(stage / "config.json", {**raw, **dict.fromkeys(TOKEN_IDS), **token_ids, "torch_dtype": dtype})
+        ids = {key: raw.get(key, token_ids.get(key)) for key in TOKEN_IDS}
+        _write_json(stage / "config.json", {**raw, **ids, "torch_dtype": dtype})
         _write_json(stage / "bimo.json", {"format": 1, **(lineage or {})})
 
 

@@ -1,4 +1,4 @@
-"""Six model families as data: config.json keys, tensor names and GGUF names beside the decoder's own.
+"""Six decoder families as data: config.json keys, tensor names and GGUF names beside the decoder's own.
 
 A family is one `Family` record: which `config.json` key feeds which `DecoderConfig` field, what transformers assumes
 for absent keys, which settings must have one value because bimo does not compute the others, and a `KeyMap` from
@@ -8,19 +8,20 @@ bimo's modules to the file's. `formats.config_json`, `formats.huggingface` and `
     weight = plan[name].merge([file[piece.name] for piece in plan[name].pieces])
     for piece_name, tensor in plan[name].split(weight): ...
 
-Names follow transformers' modeling_<family>.py and llama.cpp's gguf-py/gguf/constants.py.
+Names follow transformers' modeling_<family>.py and llama.cpp's gguf-py/gguf/constants.py. Encoders have their own file,
+`formats.encoder_maps`, with the same `KeyMap`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from bimo.errors import UnsupportedModelError
-from bimo.models.config import DecoderConfig
+from bimo.models.config import EncoderConfig, TransformerConfig
 
 if TYPE_CHECKING:
     import torch
@@ -85,19 +86,29 @@ def _interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 class KeyMap:
     """bimo modules to a file's modules; `{i}` is the layer, `.weight` and `.bias` carry over.
 
-    `prefix` is the base model's prefix, written always and optional when read; `ignored` is a regular expression of
-    buffers that older files carry and no computation needs.
+    `prefix` is the base model's prefix, written unless `bare`, optional when read; `ignored` is a regular expression of
+    buffers that older files carry and no computation needs; `copies` are tensors that some tools write again under a
+    second name, with the bimo parameter they must equal; `old_names` are endings of names that a family had before.
     """
 
     modules: Mapping[str, tuple[str, ...]]
     transposed: frozenset[str] = frozenset()
     interleaved: bool = False  # llama.cpp rotates pairs of neighbours in arch "llama", so q and k rows are reordered
     prefix: str = ""
+    bare: bool = False
     ignored: str = r"(?!)"
+    copies: Mapping[str, str] = field(default_factory=dict)
+    old_names: Mapping[str, str] = field(default_factory=dict)
+
+    def spellings(self, name: str) -> list[str]:
+        """Every name under which a file may hold the tensor that is written as `name`."""
+        names = [name, *(name.removesuffix(new) + old for new, old in self.old_names.items() if name.endswith(new))]
+        others = [self.prefix + name if self.bare else name.removeprefix(self.prefix) for name in names]
+        return names + others
 
 
-def tensor_plan(config: DecoderConfig, keys: KeyMap) -> dict[str, Entry]:
-    """Every parameter the decoder has, in its own order, with the file tensors that make it."""
+def tensor_plan(config: TransformerConfig, keys: KeyMap) -> dict[str, Entry]:
+    """Every parameter the model has, in its own order, with the file tensors that make it."""
     kv_rows = config.num_kv_heads * config.head_dim
     rows = {
         "qkv_proj": (config.num_heads * config.head_dim, kv_rows, kv_rows),
@@ -129,11 +140,12 @@ def tensor_plan(config: DecoderConfig, keys: KeyMap) -> dict[str, Entry]:
     return plan
 
 
-def _parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes as the decoder itself declares them; the meta device allocates nothing."""
-    from bimo.models.empty import empty_decoder
+def _parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes as the model itself declares them; the meta device allocates nothing."""
+    from bimo.models.empty import empty_decoder, empty_encoder
 
-    return {name: tuple(parameter.shape) for name, parameter in empty_decoder(config).named_parameters()}
+    model = empty_encoder(config) if isinstance(config, EncoderConfig) else empty_decoder(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,7 @@ class Family:
 
 
 # ---------------------------------------------------------------------------------------------------- the families
+_TIED_HEAD = {"lm_head.weight": "embed_tokens.weight"}
 _LLAMA_TENSORS = KeyMap(
     {
         "embed_tokens": ("model.embed_tokens",),
@@ -172,6 +185,7 @@ _LLAMA_TENSORS = KeyMap(
     },
     prefix="model.",
     ignored=r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    copies=_TIED_HEAD,
 )
 _GPT2_TENSORS = KeyMap(
     {
@@ -191,6 +205,7 @@ _GPT2_TENSORS = KeyMap(
     ),
     prefix="transformer.",
     ignored=r"(transformer\.)?h\.\d+\.attn\.(attention\.)?(bias|masked_bias)",
+    copies=_TIED_HEAD,
 )
 _GPT_NEO_TENSORS = dataclasses.replace(
     _GPT2_TENSORS,

@@ -1,7 +1,8 @@
-"""Causal self-attention, and the protocol by which a KV cache takes part in it.
+"""Self-attention, and the protocol by which a KV cache, a causal or a padding mask takes part in it.
 
-The block computes q, k, v; *where keys and values live* is the business of an `Attend` object handed to
-`Decoder.forward`: `FullSequence` (training, scoring: no cache) here, the engine's paged cache in `engine.paged`.
+The block computes q, k, v; *where keys and values live, and who sees whom* is the business of an `Attend` object:
+`FullSequence` (a decoder's training and scoring: causal, no cache) and `Bidirectional` (encoders) here, the engine's
+paged cache in `engine.paged`.
 Shapes: B batch, T tokens, H query heads, K key/value heads, E head_dim.
 """
 
@@ -13,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimo.models.config import DecoderConfig
+from bimo.models.config import TransformerConfig
 from bimo.models.layers import RMSNorm, rotate
 
-__all__ = ["Attend", "Attention", "FullSequence", "causal_mask"]
+__all__ = ["Attend", "Attention", "Bidirectional", "FullSequence", "causal_mask"]
 
 
 class Attend(Protocol):
@@ -25,8 +26,8 @@ class Attend(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         """q (B, T, H, E), k and v (B, T, K, E), already rotated -> (B, T, H, E).
 
-        May store k and v for `layer`; must let token t see itself, and before it only its own sequence's tokens
-        within `window`.
+        May store k and v for `layer`; must let token t see itself, and only its own sequence's tokens; in a decoder
+        only those before it, within `window`.
         """
 
 
@@ -61,13 +62,31 @@ class FullSequence:
         return out.transpose(1, 2)
 
 
+class Bidirectional:
+    """Every token sees every token of its row that is not padding.
+
+    mask: (B, T) boolean, False = padding; None: there is none. dropout: share of the attention weights to drop.
+    """
+
+    def __init__(self, mask: Tensor | None = None, dropout: float = 0.0) -> None:
+        # A row of padding alone would have a softmax over nothing, NaN in some kernels: let it see itself.
+        self.mask = None if mask is None else (mask | ~mask.any(-1, keepdim=True))[:, None, None]  # (B, 1, 1, T)
+        self.dropout = dropout
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+        assert window is None, "an encoder's layers have no window"
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=self.dropout, scale=scale)
+        return out.transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped key/value heads (arXiv:2305.13245): softmax(q kᵀ · scale) v, then out_proj.
 
     q, k and v come from one matrix (rows: all q heads, all k heads, all v heads): one GEMM instead of three.
     """
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim

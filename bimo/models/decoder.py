@@ -14,30 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimo.models.attention import Attend, Attention, FullSequence
+from bimo.models.attention import Attend, FullSequence
+from bimo.models.block import Block
 from bimo.models.config import DecoderConfig
-from bimo.models.layers import MLP, make_norm, rope_angles, rope_frequencies
+from bimo.models.layers import make_norm, rope_angles, rope_frequencies
 
-__all__ = ["Block", "Decoder"]
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm, as in GPT-2 and everything since)."""
-
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
-        self.dropout = config.dropout
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
-        x = x + self._drop(self.attention(self.attention_norm(x), rope, attend))
-        return x + self._drop(self.mlp(self.mlp_norm(x)))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+__all__ = ["Decoder"]
 
 
 class Decoder(nn.Module):

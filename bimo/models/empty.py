@@ -1,4 +1,4 @@
-"""A decoder without weights, on the meta device: what names and shapes it has, and a frame to load weights into.
+"""A model without weights, on the meta device: what names and shapes it has, and a frame to load weights into.
 
     decoder = empty_decoder(config)
     decoder.load_state_dict(weights, assign=True)
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bimo.models.config import DecoderConfig
+from bimo.models.config import DecoderConfig, EncoderConfig
 from bimo.models.decoder import Decoder
+from bimo.models.encoder import Encoder
 
-__all__ = ["empty_decoder"]
+__all__ = ["empty_decoder", "empty_encoder"]
 
 
 class _SkipInit(TorchFunctionMode):
@@ -37,3 +38,9 @@ def empty_decoder(config: DecoderConfig) -> Decoder:
     """The decoder with all parameters on the meta device (no memory, milliseconds)."""
     with torch.device("meta"), _SkipInit():
         return Decoder(config)
+
+
+def empty_encoder(config: EncoderConfig) -> Encoder:
+    """The encoder with all parameters on the meta device; it has no tables to make afterwards."""
+    with torch.device("meta"), _SkipInit():
+        return Encoder(config)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimo.models.config import DecoderConfig, RopeConfig
+from bimo.models.config import RopeConfig, TransformerConfig
 
-__all__ = ["MLP", "RMSNorm", "make_norm", "rope_angles", "rope_frequencies", "rotate"]
+__all__ = ["ACTIVATIONS", "MLP", "RMSNorm", "make_norm", "rope_angles", "rope_frequencies", "rotate"]
 
 
 class RMSNorm(nn.Module):
@@ -34,14 +34,14 @@ class RMSNorm(nn.Module):
         return (x * scale).to(x.dtype) * self.weight
 
 
-def make_norm(config: DecoderConfig) -> nn.Module:
+def make_norm(config: TransformerConfig) -> nn.Module:
     """The configured norm over hidden_size."""
     if config.norm == "rms":
         return RMSNorm(config.hidden_size, config.norm_eps)
     return nn.LayerNorm(config.hidden_size, config.norm_eps)
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
@@ -55,7 +55,7 @@ class MLP(nn.Module):
     Gate and up share one matrix, gate rows first: one GEMM instead of two.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gated = config.gated_mlp
@@ -64,7 +64,7 @@ class MLP(nn.Module):
         else:
             self.up_proj = nn.Linear(hidden, inner, bias)
         self.down_proj = nn.Linear(inner, hidden, bias)
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:

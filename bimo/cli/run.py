@@ -1,0 +1,184 @@
+"""`bimo run RECIPE`: from raw text to a model and a report of it, by one command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from bimo.cli.data import Executor, Workers
+from bimo.cli.options import Out, Overrides, RecipeArgument
+
+if TYPE_CHECKING:
+    from bimo.recipe import Recipe
+    from bimo.training.loop import StepInfo
+    from bimo.training.session import Evaluation, Texts
+
+__all__ = ["run"]
+
+Stage = Literal["data", "tokenizer", "training", "report"]
+EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+def run(
+    recipe: RecipeArgument,
+    out: Out = None,
+    overrides: Overrides = None,
+    until: Annotated[Stage, typer.Option(help="The last stage to run.")] = "report",
+    workers: Workers = None,
+    executor: Executor = "local",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Do all that a recipe says: data, tokenizer, training, report. Run it again and it goes on where it stopped."""
+    from bimo.cli.stages import make_tokenizer, make_tokens, prepare_data, run_folder
+    from bimo.cli.terminal import progress_display
+    from bimo.data.executors import EXECUTORS
+    from bimo.errors import UsageError
+    from bimo.recipe import load_recipe
+
+    if executor not in EXECUTORS:
+        raise UsageError(f"--executor is one of {', '.join(EXECUTORS)}, not {executor!r}", "executor")
+    loaded = load_recipe(recipe, overrides or [])
+    if until in ("training", "report") and loaded.tokenizer.kind == "wordpiece":
+        raise UsageError(
+            'a wordpiece tokenizer is for encoders, this model generates text: set tokenizer.kind to "bpe"',
+            "tokenizer",
+        )
+    folder = run_folder(loaded, out)
+    result: dict[str, Any] = {"run": str(folder)}
+    with progress_display() as progress:
+        prepared = prepare_data(loaded, folder, workers=workers, executor=executor, progress=progress)
+        result["manifest"] = str(folder / "data" / "manifest.html")
+        if until != "data":
+            tokenizer = make_tokenizer(loaded, folder, prepared, progress)
+        if until in ("training", "report"):
+            texts = make_tokens(loaded, folder, prepared, tokenizer, progress)
+    if until in ("training", "report"):
+        result |= _train(loaded, folder, texts)
+    if until == "report":
+        result["report"] = str(_report(loaded, folder))
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+        return
+    scores = result.pop("bits_per_byte", {})
+    for key, value in result.items():
+        typer.echo(f"{key:10} {value}")
+    if scores:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        typer.echo(f"bits per byte of validation text: {shown}")
+    if until in ("training", "report"):
+        typer.echo(f"talk to it: bimo chat {result['model']}")
+
+
+def _train(recipe: Recipe, folder: Path, texts: Texts) -> dict[str, Any]:
+    """The training stage; nothing to do when the model is there and was made by this recipe from these texts."""
+    from bimo.cli.stages import decoder_config
+    from bimo.models.decoder import Decoder
+    from bimo.models.initial import init_weights
+    from bimo.objectives.causal import causal_loss
+    from bimo.recipe import save_recipe
+    from bimo.training.session import finished, train_run
+
+    model = folder / "model"
+    if (lineage := finished(recipe, folder, texts)) is None:
+        config = decoder_config(recipe.model, texts.tokenizer.vocab_size)
+        decoder = Decoder(config)
+        init_weights(decoder, recipe.seed)
+        tokens = sum(len(file.tokens) for file in texts.train.values())
+        _tell(f"{config.num_parameters / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens of text, "
+              f"{recipe.training.steps} steps of {recipe.training.batch_tokens} tokens")  # fmt: skip
+        events = train_run(recipe, folder, decoder, causal_loss, texts, _tell)
+        with _display(recipe.training.steps) as show, _interruptible() as interrupted, contextlib.closing(events):
+            for event in events:
+                show(event)
+                if interrupted():
+                    events.close()  # writes a checkpoint
+                    _tell(f"stopped after step {event.step}: the same command goes on from there")
+                    raise KeyboardInterrupt
+        lineage = finished(recipe, folder, texts) or {}
+    save_recipe(recipe, folder / "recipe.toml")
+    return {"model": str(model), "bits_per_byte": lineage.get("bits_per_byte", {})}
+
+
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted, so that the step in hand can end well; a second one ends at once."""
+    pressed = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _display(steps: int) -> Iterator[Any]:
+    """A bar on a terminal, a line every ten seconds elsewhere; a line for every evaluation."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from bimo.training.session import Evaluation
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    bar = Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
+    task, told = bar.add_task("", total=steps), time.monotonic()
+    average: float | None = None
+
+    def show(event: StepInfo | Evaluation) -> None:
+        nonlocal told, average
+        if isinstance(event, Evaluation):
+            shown = "  ".join(f"{name} {score.bits_per_byte:.3f}" for name, score in event.scores.items())
+            console.print(f"step {event.step}: validation bits per byte  {shown}{'  (best)' if event.best else ''}")
+            return
+        average = event.loss if average is None else 0.95 * average + 0.05 * event.loss
+        words = f"loss {average:.3f}  {event.num_tokens / event.seconds:,.0f} tokens/s"
+        bar.update(task, completed=event.step, description=words)
+        if bar.disable and time.monotonic() - told > EVERY:
+            told = time.monotonic()
+            console.print(f"step {event.step} of {steps}: {words}")
+
+    with bar:
+        yield show
+
+
+def _report(recipe: Recipe, folder: Path) -> Path:
+    """report.html: curves, scores, samples."""
+    import bimo
+    from bimo.evaluation.run_report import Sample, write_report
+
+    samples = []
+    wishes = recipe.report
+    if wishes.prompts or wishes.questions:
+        with bimo.load(str(folder / "model")) as model:
+            for prompt in wishes.prompts:
+                answer = model.generate(prompt, max_tokens=wishes.max_tokens, temperature=0.7, seed=recipe.seed)
+                samples.append(Sample("text", prompt, str(answer)))
+            for question in wishes.questions:
+                answer = model.chat(question, max_tokens=wishes.max_tokens, temperature=0)
+                samples.append(Sample("chat", question, str(answer)))
+    return write_report(folder, recipe, samples)

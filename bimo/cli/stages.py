@@ -1,0 +1,155 @@
+"""The stages of a recipe, one after the other, each taken up where an earlier run left it.
+
+folder/recipe.toml   the recipe with all its defaults
+       data/         prepared documents, manifest            (data.pipeline)
+       tokenizer/    learned from them                       (tokenizer.train)
+       tokens/       the documents as ids                    (data.shards)
+       checkpoints/, metrics.jsonl, tensorboard/             (training.session)
+       model/        the model directory
+       report.html   what came of it                         (evaluation.run_report)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from bimo.data.documents import read_documents
+from bimo.data.pipeline import Prepared, Progress, prepare
+from bimo.data.records import Document
+from bimo.errors import DataError
+from bimo.recipe import ModelRecipe, Recipe
+
+if TYPE_CHECKING:
+    from bimo.data.shards import TokenFile
+    from bimo.models.config import DecoderConfig
+    from bimo.tokenizer.load import Tokenizer
+    from bimo.training.session import Texts
+
+__all__ = ["decoder_config", "make_tokenizer", "make_tokens", "prepare_data", "run_folder"]
+
+LANGUAGES = ("zh", "en")  # validated apart; all others together
+
+
+def run_folder(recipe: Recipe, out: Path | None) -> Path:
+    """The run's folder, made where it is not there yet."""
+    folder = out or Path("runs") / recipe.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error.strerror}): name another folder with --out") from error
+    return folder
+
+
+def prepare_data(recipe: Recipe, folder: Path, *, workers: int | None, executor: str, progress: Progress) -> Prepared:
+    """Prepared documents under folder/data. Raises DataError when validation text stands in the training data, unless
+    the recipe says otherwise."""
+    prepared = prepare(recipe.data, folder / "data", workers=workers, executor=executor, progress=progress)
+    leaks = prepared.manifest.get("leaks") or {"leaked": []}
+    if leaks["leaked"] and recipe.data.leaks == "stop":
+        raise DataError(
+            f"{len(leaks['leaked'])} of {leaks['num_checked']} validation documents stand in the training data as well "
+            f"({', '.join(leaks['leaked'][:3])}), so scores would be too good: clean the sources, or set data.leaks to "
+            f'"drop" (they leave the validation text) or "warn"'
+        )
+    if leaks["leaked"] and recipe.data.leaks == "warn":
+        shown = f"{len(leaks['leaked'])} of {leaks['num_checked']} validation documents"
+        typer.echo(f"warning: {shown} stand in the training data as well, scores will be too good", err=True)
+    if not prepared.files("train"):
+        raise DataError(
+            f"no document was left to train on: {folder / 'data' / 'manifest.html'} says which step took them"
+        )
+    return prepared
+
+
+def make_tokenizer(recipe: Recipe, folder: Path, prepared: Prepared, progress: Progress) -> Tokenizer:
+    """The tokenizer under folder/tokenizer, learned from the training documents."""
+    from bimo.data.shards import fingerprint
+    from bimo.tokenizer.load import Tokenizer
+    from bimo.tokenizer.train import save_tokenizer, train_tokenizer
+
+    place = folder / "tokenizer"
+    mark = fingerprint(recipe.tokenizer.model_dump(), prepared.manifest["mark"])
+    stamp = place / ".made-from"
+    if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == mark):
+        kind, size = recipe.tokenizer.kind, recipe.tokenizer.vocab_size
+        progress("learning the tokenizer", 0, 0)
+        backend = train_tokenizer(_sample(prepared, recipe.tokenizer.sample_bytes), kind=kind, vocab_size=size)
+        shutil.rmtree(place, ignore_errors=True)
+        save_tokenizer(backend, place, model_max_length=recipe.model.context_length)
+        stamp.write_text(mark, encoding="utf-8")
+    return Tokenizer.from_directory(place)
+
+
+def _sample(prepared: Prepared, num_bytes: int) -> Iterator[str]:
+    """Training texts, evenly over all of them, about `num_bytes` in UTF-8."""
+    parts = [part for part in prepared.manifest["parts"] if part["split"] == "train"]
+    total = sum(part["characters"] for part in parts) * 2  # bytes, between one and three a character
+    step = max(1, round(total / num_bytes))
+    for number, document in enumerate(read_documents(prepared.files("train"))):
+        if number % step == 0:
+            yield document.text
+
+
+def make_tokens(recipe: Recipe, folder: Path, prepared: Prepared, tokenizer: Tokenizer, progress: Progress) -> Texts:
+    """Token files under folder/tokens: training by source, validation by language."""
+    from bimo.data.shards import fingerprint
+    from bimo.training.session import Texts
+
+    mark = fingerprint(tokenizer.directory / "tokenizer.json", prepared.manifest["mark"])
+    total = sum(part["characters"] for part in prepared.manifest["parts"])
+    done = 0
+
+    def counted(documents: Iterator[Document]) -> Iterator[Document]:
+        nonlocal done
+        for document in documents:
+            yield document
+            done += len(document.text)
+            progress("tokenising", done, total)
+
+    def tokens(name: str, documents: Iterator[Document]) -> TokenFile:
+        from bimo.data.shards import TokenFile, encode_documents, write_tokens
+
+        place = folder / "tokens" / name
+        if TokenFile.is_whole(place, mark):
+            return TokenFile.open(place)
+        encoded = encode_documents(counted(documents), tokenizer)
+        return write_tokens(place, encoded, vocab_size=tokenizer.vocab_size, mark=mark)
+
+    train, validation = {}, {}
+    for source in recipe.data.sources:
+        if files := prepared.files("train", source.name):
+            train[source.name] = tokens(f"train-{source.name}", read_documents(files))
+    for language in (*LANGUAGES, "other"):
+        documents = (
+            document
+            for document in read_documents(prepared.files("validation"))
+            if (document.language if document.language in LANGUAGES else "other") == language
+        )
+        file = tokens(f"validation-{language}", documents)
+        if len(file.tokens):
+            validation[language] = file
+    return Texts(train, validation, tokenizer)
+
+
+def decoder_config(recipe: ModelRecipe, vocab_size: int) -> DecoderConfig:
+    """A decoder of Llama's shape. An MLP that was not given is 8/3 of hidden_size wide, in whole 64s (SwiGLU)."""
+    from bimo.models.config import DecoderConfig
+
+    heads = recipe.heads
+    return DecoderConfig(
+        family="llama",
+        vocab_size=vocab_size,
+        hidden_size=recipe.hidden_size,
+        num_layers=recipe.num_layers,
+        num_heads=heads,
+        num_kv_heads=recipe.num_kv_heads or heads,
+        head_dim=recipe.hidden_size // heads,
+        intermediate_size=recipe.intermediate_size or -(-recipe.hidden_size * 8 // 3 // 64) * 64,
+        max_positions=recipe.context_length,
+        dropout=recipe.dropout,
+    )

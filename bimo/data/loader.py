@@ -1,0 +1,151 @@
+"""From token files to batches: rows of a fixed length, in an order that a few numbers describe exactly.
+
+    loader = PackedLoader([TokenFile.open(folder)], length=512, seed=0)
+    batch = loader.next_batch(32)
+    state = loader.state()          # goes into the checkpoint; loader.restore(state) continues with the very next row
+
+A row is `length` + 1 consecutive tokens, so documents are packed one after the other and cut at the row's ends:
+
+    tokens:   | ... d1 d1 | d2 d2 d2 d2 d2 | d3 d3 ...
+    row:           [ d1 d1   d2 d2 d2 d2 d2   d3 ]         segments 0 0 1 1 1 1 1 2, positions 0 1 0 1 2 3 4 0
+
+No token is predicted from another document (its target is -100), nor does attention look across (objectives.causal).
+Each file's rows come in a random order of their own in every epoch; files take turns in proportion to their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bimo.data.shards import TokenFile
+from bimo.errors import UsageError
+
+__all__ = ["IGNORED", "Batch", "PackedLoader"]
+
+IGNORED = -100  # a target that is not predicted
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T tokens. All int64 (B, T).
+
+    targets: the next token, or IGNORED. segments: 0, 1, ... for the documents of a row. positions: in the document.
+    origins: (file, row in it) of each row; `PackedLoader.provenance` puts it into words.
+    """
+
+    input_ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    segments: NDArray[np.int64]
+    origins: tuple[tuple[int, int], ...]
+
+    def rows(self, part: slice) -> Batch:
+        """Some of its rows."""
+        input_ids, targets, positions, segments = (
+            array[part] for array in (self.input_ids, self.targets, self.positions, self.segments)
+        )
+        return Batch(input_ids, targets, positions, segments, self.origins[part])
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.targets != IGNORED).sum())
+
+
+class PackedLoader:
+    """An endless, resumable stream of rows. `shuffle=False`: in the files' order, once round after the other."""
+
+    def __init__(
+        self,
+        files: Sequence[TokenFile],
+        *,
+        length: int,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        self.files, self.length, self.seed, self.shuffle = files, length, seed, shuffle
+        self.num_rows = [max(0, len(file.tokens) - 1) // length for file in files]
+        weighted = np.array(weights or [1.0] * len(files)) * self.num_rows
+        if not weighted.sum():
+            most = max((len(file.tokens) for file in files), default=0)
+            raise UsageError(f"no source has text for one row of {length} tokens, the longest has {most}: add text, or "
+                             f"shorten the model's context_length", "data")  # fmt: skip
+        self.shares = weighted / weighted.sum()
+        self.taken = [0] * len(files)  # rows given out of each file: the whole state
+        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
+
+    def state(self) -> dict[str, Any]:
+        return {"taken": list(self.taken)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue after the last row that was given out when `state` was taken."""
+        if len(state["taken"]) != len(self.files):
+            raise UsageError(
+                f"the checkpoint was made with {len(state['taken'])} sources of text, this recipe has "
+                f"{len(self.files)}: go back to the recipe it was made with, or name another run"
+            )
+        self.taken = [int(count) for count in state["taken"]]
+
+    @property
+    def epochs(self) -> float:
+        """How often the text was read so far."""
+        return sum(self.taken) / max(1, sum(self.num_rows))
+
+    def next_batch(self, num_rows: int, *, rank: int = 0, world_size: int = 1) -> Batch:
+        """The next rows. All processes call it alike; each gets every `world_size`-th row, from `rank` on."""
+        origins = [self._next_origin() for _ in range(num_rows)][rank::world_size]
+        return self.batch(origins)
+
+    def batch(self, origins: Sequence[tuple[int, int]]) -> Batch:
+        """The rows that `origins` name."""
+        input_ids, targets, positions, segments = (np.empty((len(origins), self.length), np.int64) for _ in range(4))
+        for index, (number, row) in enumerate(origins):
+            places = (input_ids[index], targets[index], positions[index], segments[index])
+            self._fill(self.files[number], row * self.length, *places)
+        return Batch(input_ids, targets, positions, segments, tuple(origins))
+
+    def provenance(self, batch: Batch) -> list[str]:
+        """The documents a batch's rows were cut from."""
+        names = []
+        for number, row in batch.origins:
+            file = self.files[number]
+            first, last = np.searchsorted(file.ends, [row * self.length, (row + 1) * self.length], side="right")
+            shown = [
+                file.document_id(index) for index in dict.fromkeys((int(first), min(int(last), len(file.ends) - 1)))
+            ]
+            names.append(" to ".join(shown))
+        return names
+
+    def _next_origin(self) -> tuple[int, int]:
+        """The file that lags most behind its share, and its next row."""
+        total = sum(self.taken) + 1
+        lag = [share * total - taken for share, taken in zip(self.shares, self.taken, strict=True)]
+        number = max(range(len(lag)), key=lambda index: (self.shares[index] > 0, lag[index]))
+        epoch, place = divmod(self.taken[number], self.num_rows[number])
+        self.taken[number] += 1
+        if not self.shuffle:
+            return number, place
+        kept = self._orders.get(number)
+        if kept is None or kept[0] != epoch:
+            order = np.random.default_rng((self.seed, number, epoch)).permutation(self.num_rows[number])
+            kept = self._orders[number] = (epoch, order)
+        return number, int(kept[1][place])
+
+    def _fill(self, file: TokenFile, start: int, ids: Any, targets: Any, positions: Any, segments: Any) -> None:
+        row = file.tokens[start : start + self.length + 1].astype(np.int64)
+        ids[:], targets[:] = row[:-1], row[1:]
+        # where documents begin inside the row; the row's own start counts as one
+        first = int(np.searchsorted(file.ends, start, side="right"))
+        last = int(np.searchsorted(file.ends, start + self.length, side="left"))
+        borders = file.ends[first:last] - start
+        segments[:] = np.searchsorted(borders, np.arange(self.length), side="right")
+        starts = np.concatenate(([0], borders))
+        positions[:] = np.arange(self.length) - starts[segments]
+        targets[borders - 1] = IGNORED  # the last token of a document: what follows is another one
+        if len(file.ends) > last and file.ends[last] - start == self.length:
+            targets[-1] = IGNORED

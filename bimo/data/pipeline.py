@@ -1,0 +1,445 @@
+"""From a recipe's sources to prepared documents: streamed, on all cores, resumable.
+
+    prepare(recipe, folder) ──► folder/documents/train-00000.parquet ...     columns as in `COLUMNS`
+                                folder/documents/validation-00000.parquet ...
+                                folder/manifest.json, folder/manifest.html   what every step dropped and changed
+
+    1  clean     unit by unit: read ─► language ─► rewrites ─► personal data ─► filters ─► Parquet + signatures   | many
+    2  compare   signatures of all units: which documents copy an earlier one                                     | one
+    3  divide    unit by unit: without copies, cut into passages, into training and validation                    | many
+    4  check     does validation text stand in the training data?                                                 | one
+
+A unit is some files of one source, about `UNIT_BYTES` of them. Its result appears by one rename under folder/work,
+named by a hash of what it was made from: a run that was killed goes on with the units that are missing, and where a
+file changed only its unit is done again. Units are streamed, their signatures stay on disk; what grows with the data is
+step 2, by some 100 bytes a document, and step 4, by 8 bytes a word of the validation text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bimo.data import executors
+from bimo.data.clean import REWRITES
+from bimo.data.dedup import NUM_MINIMA, exact_key, find_duplicates, signature
+from bimo.data.documents import DocumentWriter, read_documents
+from bimo.data.filters import make_filters
+from bimo.data.language import identify
+from bimo.data.manifest import Ledger
+from bimo.data.overlap import find_leaks
+from bimo.data.privacy import mask
+from bimo.data.readers import read_file
+from bimo.data.records import Damage, Document, Message
+from bimo.data.segment import passages
+from bimo.data.shards import fingerprint
+from bimo.data.sources import SourceFile, files_of
+from bimo.errors import DataError
+from bimo.recipe import DataRecipe, SourceRecipe
+
+__all__ = ["Prepared", "Progress", "prepare"]
+
+UNIT_BYTES = 16 << 20  # of input; enough to make starting a unit cheap, little enough to share out and to repeat
+WAYS = 1 << 32  # the validation split is drawn from a hash of this many values
+CHUNK = 1 << 16  # signatures handled at once: 32 MB
+NOT_FOR_UNITS = {
+    "exact_duplicates",
+    "near_duplicates",
+}  # settings of later steps
+EXACT, NEAR = 1, 2  # what step 2 says of a document; 0: it stays
+
+Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all (0: unknown)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` made. manifest: as in manifest.json."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def files(self, split: str, source: str | None = None) -> list[Path]:
+        """The Parquet files of "train" or "validation", in order."""
+        parts = [part for part in self.manifest["parts"] if part["split"] == split]
+        return [self.folder / part["file"] for part in parts if source in (None, part["source"])]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """mark: names its folder below work; changes when the unit has to be done again."""
+
+    number: int
+    source: SourceRecipe
+    files: tuple[SourceFile, ...]
+    num_bytes: int
+    mark: str
+
+
+def _stat(path: str | Path) -> tuple[int, int]:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return (0, 0)
+    return (stat.st_size, stat.st_mtime_ns)
+
+
+def prepare(
+    recipe: DataRecipe,
+    folder: Path,
+    *,
+    workers: int | None = None,
+    executor: str = "local",
+    progress: Progress | None = None,
+) -> Prepared:
+    """Run all steps, or those that are left of an earlier run. Raises DataError or UsageError in one sentence.
+
+    executor: "local" processes or "ray" (an optional package; see data.executors). Both give the same files.
+    """
+    report: Progress = progress or (lambda label, done, total: None)
+    folder = folder.absolute()  # processes of a cluster may stand elsewhere
+    try:
+        (folder / "work").mkdir(parents=True, exist_ok=True)
+        with _alone(folder / "work" / ".lock", report):
+            return _prepare(recipe, folder, workers, executors.EXECUTORS[executor], report)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error.strerror or error}): free some space, or name another "
+                        f"folder; what is done stays done") from error  # fmt: skip
+
+
+@contextlib.contextmanager
+def _alone(file: Path, report: Progress) -> Iterator[None]:
+    """Two runs over one folder would clear away each other's work: the second waits, and finds all done."""
+    import filelock
+
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        report("waiting for another run over the same folder", 0, 0)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(
+    recipe: DataRecipe, folder: Path, workers: int | None, run: executors.Executor, report: Progress
+) -> Prepared:
+    work = folder / "work"
+    units = _units(recipe, report)
+    settings = recipe.model_dump(mode="json", exclude={"sources": {"__all__": {"weight"}}})
+    mark = fingerprint(settings, [unit.mark for unit in units])
+    if (manifest := _finished(folder, mark)) is not None:
+        return Prepared(folder, manifest)
+    # Before anything is replaced: a manifest of other settings must not vouch for files of these.
+    (folder / "manifest.json").unlink(missing_ok=True)
+    _clear(work, {unit.mark for unit in units})
+    total = sum(unit.num_bytes for unit in units)
+
+    def watched(label: str, finished: Iterable[tuple[int, Any]]) -> list[Any]:
+        results, done = {}, 0
+        report(label, 0, total)
+        for number, result in finished:
+            results[number] = result
+            done += units[number].num_bytes
+            report(label, done, total)
+        return [results[unit.number] for unit in units]
+
+    counts: list[int] = watched("cleaning", run(_clean_unit, [(u.number, (u, recipe, work)) for u in units], workers))
+    report("comparing documents", 0, 0)
+    copies = _compare([work / unit.mark for unit in units], counts, recipe)
+    shutil.rmtree(folder / "documents", ignore_errors=True)
+    (folder / "documents").mkdir()
+    shares = np.split(copies, np.cumsum(counts)[:-1])
+    tasks = [(unit.number, (unit, recipe, work, folder, share)) for unit, share in zip(units, shares, strict=True)]
+    parts = [part for made in watched("writing", run(_divide_unit, tasks, workers)) for part in made]
+    ledger = Ledger()
+    for unit in units:
+        for file in ("cleaned.json", "divided.json"):
+            ledger.merge(Ledger.from_dict(_load(work / unit.mark / file)["ledger"]))
+    manifest = {"format": 1, "mark": mark, "parts": parts}
+    if recipe.validation:
+        report("looking for leaks", 0, 0)
+        manifest["leaks"] = _check(folder, parts, recipe, ledger)
+        manifest["parts"] = parts = [part for part in parts if part["documents"]]
+    for part in parts:
+        part["bytes"] = (folder / part["file"]).stat().st_size
+    manifest |= ledger.to_dict()
+    ledger.write(folder, manifest)
+    return Prepared(folder, manifest)
+
+
+def _load(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _save(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8", errors="replace")
+
+
+def _finished(folder: Path, mark: str) -> dict[str, Any] | None:
+    """The manifest of an earlier run over the same files with the same settings, if all its files are whole."""
+    try:
+        manifest = _load(folder / "manifest.json")
+        whole = manifest["mark"] == mark and _sizes(folder, manifest["parts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(manifest) if whole else None
+
+
+def _sizes(folder: Path, files: list[dict[str, Any]]) -> bool:
+    """Whether the files have the sizes that were noted."""
+    return all(_stat(folder / file["file"])[0] == file["bytes"] for file in files)
+
+
+def _clear(work: Path, marks: set[str]) -> None:
+    """Remove what no unit of this run is made from, and what killed runs left half-done."""
+    for place in work.iterdir():
+        if place.is_dir() and place.name not in marks:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _units(recipe: DataRecipe, report: Progress) -> list[_Unit]:
+    """All files of all sources in groups of about UNIT_BYTES, none with two sources.
+
+    From half that size on a group may end after a file whose name's hash says so: where a file comes, goes or grows,
+    the groups after the next such name stay what they were.
+    """
+    units: list[_Unit] = []
+    clean = recipe.clean.model_dump(exclude=NOT_FOR_UNITS)
+    words = [_stat(file) for file in recipe.clean.toxic_words]
+
+    def end(source: SourceRecipe, group: list[SourceFile], size: int) -> None:
+        files = [(file.name, file.member, file.start, file.end, *_stat(file.path)) for file in group]
+        mark = fingerprint(source.model_dump(exclude={"weight"}), clean, words, files)
+        units.append(_Unit(len(units), source, tuple(group), size, mark))
+
+    for source in recipe.sources:
+        group: list[SourceFile] = []
+        size = 0
+        for file in files_of(source, report):
+            group.append(file)
+            size += file.num_bytes
+            if size >= UNIT_BYTES or (size >= UNIT_BYTES // 2 and zlib.crc32(file.name.encode()) % 8 == 0):
+                end(source, group, size)
+                group, size = [], 0
+        if group:
+            end(source, group, size)
+    return units
+
+
+# --- 1: cleaning ------------------------------------------------------------------------------------------------------
+
+
+def _clean_unit(unit: _Unit, recipe: DataRecipe, work: Path) -> int:
+    """Work of one process, into work/<the unit's mark>. How many documents it kept."""
+    final = work / unit.mark
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        done = _load(final / "cleaned.json")
+        if _sizes(final, done["files"]):
+            return int(done["kept"])
+    shutil.rmtree(final, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{unit.mark}.", dir=work))
+    try:
+        ledger, keys = Ledger(), array("Q")
+        stream = (partial / "signatures.bin").open("wb")
+        with stream, DocumentWriter(partial / "documents.parquet") as writer:
+            for document in _cleaned(unit, recipe, ledger):
+                keys.append(exact_key(document.text))
+                stream.write(signature(document.text).tobytes())
+                writer.write(document)
+        np.array(keys, np.uint64).tofile(partial / "keys.bin")
+        files = [{"file": file.name, "bytes": file.stat().st_size} for file in partial.iterdir()]
+        _save(partial / "cleaned.json", {"kept": len(keys), "files": files, "ledger": ledger.to_dict()})
+        os.replace(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return len(keys)
+
+
+def _cleaned(unit: _Unit, recipe: DataRecipe, ledger: Ledger) -> Iterator[Document]:
+    clean = recipe.clean
+    rewrites = [(name, rewrite) for name, rewrite in REWRITES.items() if getattr(clean, name)]
+    if clean.personal_data == "mask":
+        rewrites.append(("personal_data", lambda text: mask(text)[0]))
+    filters = [("empty", _empty), *make_filters(clean)]
+    for file in unit.files:
+        for document in read_file(file, unit.source):
+            if isinstance(document, Damage):
+                ledger.damaged(document)
+                continue
+            before = document.text
+            changes = []
+            for name, rewrite in rewrites:
+                text = document.text
+                _rewrite(document, rewrite)
+                if document.text != text:
+                    changes.append((name, text, document.text))
+            # not sooner: mojibake is no language
+            document.language = unit.source.language or document.language or identify(document.text)
+            ledger.read(document, before)
+            for change in changes:
+                ledger.changed(document, *change)
+            for name, refuse in filters:
+                if reason := refuse(document):
+                    ledger.dropped(name, document, reason)
+                    break
+            else:
+                yield document
+
+
+def _empty(document: Document) -> str | None:
+    """A document of zero-width characters only is one, once they are gone."""
+    return None if document.text.strip() else "nothing was left of it"
+
+
+def _rewrite(document: Document, rewrite: Callable[[str], str]) -> None:
+    if not document.messages:
+        document.text = rewrite(document.text)
+        return
+    document.messages = tuple(Message(role, rewrite(content)) for role, content in document.messages)
+    document.text = "\n".join(content for _, content in document.messages)
+
+
+# --- 2: copies --------------------------------------------------------------------------------------------------------
+
+
+def _compare(places: list[Path], counts: list[int], recipe: DataRecipe) -> NDArray[np.uint8]:
+    """(N,) for all documents of all units: 0, EXACT or NEAR."""
+    clean, total = recipe.clean, sum(counts)
+    if not total or not (clean.exact_duplicates or clean.near_duplicates < 1):
+        return np.zeros(total, np.uint8)
+    keys = np.concatenate([np.fromfile(place / "keys.bin", np.uint64) for place in places])
+    if not clean.exact_duplicates:
+        keys = np.arange(total, dtype=np.uint64)  # no two are the same
+    with tempfile.TemporaryFile(dir=places[0].parent) as columns:
+        signatures = _Signatures([place / "signatures.bin" for place in places], counts, columns)
+        copies = find_duplicates(keys, cast(NDArray[Any], signatures), clean.near_duplicates)
+    return np.where(copies < 0, 0, np.where(keys == keys[copies], EXACT, NEAR)).astype(np.uint8)
+
+
+class _Signatures:
+    """The signatures of all units (N, NUM_MINIMA), on disk: what `find_duplicates` asks of an array, [:, column] and
+    [rows], without its memory. Mapped they would be the largest thing in it: each column touches every page. So they
+    are turned round once, into a file without a name in which a column is one piece."""
+
+    def __init__(self, files: list[Path], counts: list[int], columns: IO[bytes]) -> None:
+        self._files = files
+        self._starts = np.cumsum([0, *counts])
+        self.shape = (int(self._starts[-1]), NUM_MINIMA)
+        self._columns = columns
+        for file, start, count in zip(files, self._starts.tolist(), counts, strict=False):
+            for begin in range(0, count, CHUNK):
+                size = min(CHUNK, count - begin) * NUM_MINIMA
+                rows = np.fromfile(file, np.uint32, size, offset=begin * 4 * NUM_MINIMA).reshape(-1, NUM_MINIMA)
+                for column, values in enumerate(np.ascontiguousarray(rows.T)):
+                    os.pwrite(columns.fileno(), values, 4 * (column * len(self) + start + begin))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, wanted: Any) -> NDArray[np.uint32]:
+        if isinstance(wanted, tuple):
+            size = 4 * len(self)
+            return np.frombuffer(os.pread(self._columns.fileno(), size, wanted[1] * size), np.uint32)
+        rows = np.empty((len(wanted), NUM_MINIMA), np.uint32)
+        units = np.searchsorted(self._starts, wanted, "right") - 1
+        for unit in np.unique(units):
+            with self._files[unit].open("rb", buffering=0) as file:
+                for place in np.flatnonzero(units == unit).tolist():
+                    os.preadv(file.fileno(), [rows[place]], int(wanted[place] - self._starts[unit]) * 4 * NUM_MINIMA)
+        return rows
+
+
+# --- 3: the result ----------------------------------------------------------------------------------------------------
+
+
+def _divide_unit(
+    unit: _Unit, recipe: DataRecipe, work: Path, folder: Path, copies: NDArray[np.uint8]
+) -> list[dict[str, Any]]:
+    """Work of one process: the unit's documents into folder/documents, less copies, in passages, in two parts."""
+    ledger, parts = Ledger(), []
+    place = work / unit.mark
+    keys = np.fromfile(place / "keys.bin", np.uint64).tolist()
+    limit = int(recipe.validation * WAYS)
+    names = {split: f"documents/{split}-{unit.number:05}.parquet" for split in ("train", "validation")}
+    with contextlib.ExitStack() as stack:
+        writers = {split: stack.enter_context(DocumentWriter(folder / name)) for split, name in names.items()}
+        documents = read_documents([place / "documents.parquet"])
+        for document, key, copy in zip(documents, keys, copies.tolist(), strict=True):
+            if copy == EXACT:
+                ledger.dropped("exact_duplicates", document, "a copy of an earlier document")
+                continue
+            if copy == NEAR:
+                ledger.dropped("near_duplicates", document, "all but a copy of an earlier document")
+                continue
+            split = "validation" if (key * 0x9E3779B97F4A7C15 >> 32) % WAYS < limit else "train"
+            pieces = _passages(document, recipe.passage_chars)
+            if len(pieces) > 1:
+                ledger.cut(document)
+            for passage in pieces:
+                writers[split].write(passage)
+                ledger.kept(split, passage)
+    for split, writer in writers.items():
+        if writer.num_documents:
+            counts = {"documents": writer.num_documents, "characters": writer.num_characters}
+            parts.append({"file": names[split], "split": split, "source": unit.source.name, **counts})
+        else:
+            writer.path.unlink()
+    _save(place / "divided.json", {"ledger": ledger.to_dict()})
+    return parts
+
+
+def _passages(document: Document, limit: int) -> list[Document]:
+    if not limit or document.messages or len(document.text) <= limit:
+        return [document]
+    return [
+        Document(text, f"{document.id}/{number}", document.source, document.language, document.title)
+        for number, text in enumerate(passages(document.text, limit))
+    ]
+
+
+# --- 4: leaks ---------------------------------------------------------------------------------------------------------
+
+
+def _check(folder: Path, parts: list[dict[str, Any]], recipe: DataRecipe, ledger: Ledger) -> dict[str, Any]:
+    """Look for validation documents in the training text; with leaks = "drop" they leave the validation files."""
+
+    def documents(split: str) -> Iterator[Document]:
+        return read_documents(folder / part["file"] for part in parts if part["split"] == split)
+
+    leaks = find_leaks(
+        ((document.id, document.text) for document in documents("validation")),
+        (document.text for document in documents("train")),
+    )
+    leaked = set(leaks.leaked)
+    if leaked and recipe.leaks == "drop":
+        for part in parts:
+            if part["split"] != "validation":
+                continue
+            path = folder / part["file"]
+            partial = path.with_name(f".{path.name}")
+            with DocumentWriter(partial) as writer:
+                for document in read_documents([path]):
+                    if document.id in leaked:
+                        ledger.leaked("validation", document)
+                    else:
+                        writer.write(document)
+            os.replace(partial, path)
+            part["documents"], part["characters"] = writer.num_documents, writer.num_characters
+            if not writer.num_documents:
+                path.unlink()
+    return {"num_checked": leaks.num_checked, "leaked": list(leaks.leaked)}

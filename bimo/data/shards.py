@@ -1,0 +1,133 @@
+"""Token files: documents as ids, one after the other, memory-mapped, so that training reads any part of any corpus in
+flat memory.
+
+    folder/tokens.bin     ids, uint16 while they fit, else uint32
+           ends.npy       (D,) int64: where each document ends
+           ids.txt        where each document came from, one a line
+           about.json     number type, counts, the tokenizer's fingerprint; written last, so a folder with it is whole
+
+A document is <|endoftext|> its tokens <|endoftext|>: the first says where it begins (as in generation), the last is
+what the model learns to stop with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bimo.data.records import Document
+from bimo.errors import DataError
+from bimo.tokenizer.load import Tokenizer
+
+__all__ = ["TokenFile", "encode_documents", "fingerprint", "write_tokens"]
+
+BATCH = 512  # documents handed to the tokenizer at once; its threads share them
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A finished folder. tokens (N,), ends (D,); both mapped."""
+
+    folder: Path
+    tokens: NDArray[Any]
+    ends: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenFile:
+        """Raises DataError when files are missing or do not belong together."""
+        mend = "remove the folder and run the same command again"
+        try:
+            about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+            ends = np.load(folder / "ends.npy", mmap_mode="r")
+            size = (folder / "tokens.bin").stat().st_size
+            count, dtype = int(about["num_tokens"]), np.dtype(about["dtype"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder} is not a folder of tokens ({error}): {mend}") from None
+        if size != count * dtype.itemsize or len(ends) != about["num_documents"] or (len(ends) and ends[-1] != count):
+            raise DataError(f"{folder} should have {count} tokens and has {size // dtype.itemsize}: {mend}")
+        tokens = np.memmap(folder / "tokens.bin", dtype, "r") if count else np.zeros(0, dtype)
+        return cls(folder, tokens, ends)
+
+    @staticmethod
+    def is_whole(folder: Path, mark: str) -> bool:
+        """Whether it is finished, and made with what `mark` stands for."""
+        try:
+            return bool(json.loads((folder / "about.json").read_text(encoding="utf-8"))["mark"] == mark)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def document_id(self, index: int) -> str:
+        """Where a document came from; reads up to its line."""
+        with (self.folder / "ids.txt").open(encoding="utf-8") as lines:
+            return next(itertools.islice(lines, index, None), "?").rstrip("\n")
+
+
+def fingerprint(*things: Any) -> str:
+    """A short hash of files (by content) and of values."""
+    digest = hashlib.sha256()
+    for thing in things:
+        digest.update(thing.read_bytes() if isinstance(thing, Path) else repr(thing).encode())
+    return digest.hexdigest()[:16]
+
+
+def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+    """(id, token ids) of each document, in order; dialogues by the tokenizer's own chat template.
+
+    A document that happens to contain the text "<|endoftext|>" gets it spelled in ordinary tokens.
+    """
+    import tokenizers
+
+    from bimo.tokenizer.chat import encode_chat
+
+    plain = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    plain.encode_special_tokens = True
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = begin or list(tokenizer.eos_token_ids[:1])
+    stream = iter(documents)
+    while batch := list(itertools.islice(stream, BATCH)):
+        texts = [document.text for document in batch if not document.messages]
+        encodings = iter(plain.encode_batch_fast(texts, add_special_tokens=False))
+        for document in batch:
+            if document.messages:
+                messages = [message._asdict() for message in document.messages]
+                yield document.id, [*encode_chat(tokenizer, messages, add_generation_prompt=False), *end]
+            else:
+                yield document.id, [*begin, *next(encodings).ids, *end]
+
+
+def write_tokens(folder: Path, encoded: Iterable[tuple[str, list[int]]], *, vocab_size: int, mark: str) -> TokenFile:
+    """Write a token folder; it appears whole or not at all. `mark`: what it was made from (see `fingerprint`)."""
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.mkdir(parents=True)
+    ends, total = array("q"), 0
+    try:
+        with (partial / "tokens.bin").open("wb") as tokens, (partial / "ids.txt").open("w", encoding="utf-8") as names:
+            for name, ids in encoded:
+                tokens.write(np.asarray(ids, dtype).tobytes())
+                names.write(name.replace("\n", " ") + "\n")
+                total += len(ids)
+                ends.append(total)
+            tokens.flush()
+            os.fsync(tokens.fileno())
+        np.save(partial / "ends.npy", np.frombuffer(ends, np.int64) if ends else np.zeros(0, np.int64))
+        about = {"dtype": dtype.name, "num_tokens": total, "num_documents": len(ends), "mark": mark}
+        (partial / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        os.replace(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DataError(f"tokens could not be written to {folder} ({error.strerror}): free some space") from error
+    return TokenFile.open(folder)

