@@ -100,7 +100,11 @@ class MissingDependencyError(BimoError):
 
     def __init__(self, package: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package}: pip install {package}")
-        self.package = package
+        self.package, self.purpose = package, purpose
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Errors of worker processes arrive pickled, which by itself knows of one argument only."""
+        return type(self), (self.package, self.purpose)
 
 
 class CapacityError(BimoError):

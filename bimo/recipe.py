@@ -187,6 +187,8 @@ class TrainingRecipe(_Section):
     early_stopping: evaluations without a better validation loss after which training ends, with the best; 0: never.
     curriculum: shares of the steps at growing lengths, e.g. [[0.3, 128], [0.7, 512]]; empty: always full length.
     checkpoint_minutes: time between checkpoints. keep_checkpoints: how many stay.
+    parallel: how several processes (torchrun) share the work: "ddp", each has the whole model, "fsdp", each has a part
+        of every weight and of the optimiser; "auto": ddp. Without effect in one process.
     """
 
     steps: Count = 1000
@@ -211,6 +213,7 @@ class TrainingRecipe(_Section):
     curriculum: tuple[tuple[Share, Count], ...] = ()
     checkpoint_minutes: float = Field(default=5.0, ge=0)
     keep_checkpoints: Count = 2
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab"], ...] = ("tensorboard",)
 
     @field_validator("curriculum")

@@ -1,4 +1,5 @@
-"""What machine this is: cache folder, device, number type, threads, seeds. The only module that reads the environment.
+"""What machine this is: cache folder, device, number type, threads, ranks, seeds. The only module that reads the
+environment.
 
 Torch is imported inside functions, so that `bimo --help` stays fast.
 """
@@ -18,6 +19,7 @@ from bimo.errors import UsageError
 
 __all__ = [
     "CpuInfo",
+    "Ranks",
     "api_key",
     "available_memory",
     "cache_home",
@@ -26,6 +28,7 @@ __all__ = [
     "dtype_name",
     "kernels_wanted",
     "lazy_memory",
+    "ranks",
     "return_free_memory",
     "seed_all",
     "tame_openmp",
@@ -49,6 +52,35 @@ def api_key() -> str | None:
 def kernels_wanted() -> bool:
     """Whether the C++ kernels may be used: unless $BIMO_KERNELS is 0."""
     return os.environ.get("BIMO_KERNELS") != "0"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of several processes that train together this one is; local_rank: on its machine."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one that prints and writes."""
+        return self.rank == 0
+
+
+def ranks() -> Ranks:
+    """From $RANK, $LOCAL_RANK and $WORLD_SIZE, which torchrun sets; one process where they are not.
+
+    Slurm's own variables are not read: they are set in every shell of an allocation, also where one process runs alone.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = {name: value for name in names if (value := os.environ.get(name))}
+    if not all(value.isdecimal() for value in given.values()):
+        raise UsageError(f"{', '.join(names)} must be numbers, not {given}: start with torchrun, or unset them")
+    rank, local_rank, world_size = (int(given.get(name, default)) for name, default in zip(names, "001", strict=True))
+    if rank >= world_size:
+        raise UsageError(f"RANK {rank} must be less than WORLD_SIZE {world_size}: start with torchrun, or unset them")
+    return Ranks(rank, local_rank, world_size)
 
 
 @dataclass(frozen=True)

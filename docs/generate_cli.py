@@ -12,7 +12,7 @@ from pathlib import Path
 
 __all__ = ["COMMANDS", "PAGES", "cli_pages"]
 
-COMMANDS = ["generate", "chat", "serve", "models", "convert", "doctor", "bench", "eval", "run"]
+COMMANDS = ["generate", "chat", "serve", "models", "convert", "doctor", "bench", "eval", "run", "plan"]
 COMMANDS += ["data prepare", "tokenizer train", "tokenizer inspect"]
 PAGES = {language: Path(__file__).parent / language / "cli.md" for language in ("en", "zh")}
 HEADS = {

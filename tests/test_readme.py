@@ -21,8 +21,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAIRS = [("README.md", "README.zh.md")] + [
     (f"docs/en/{name}.md", f"docs/zh/{name}.md")
-    for name in ("index", "models", "python", "recipes", "server", "speed", "training")
+    for name in ("cluster", "index", "models", "python", "recipes", "server", "speed", "training")
 ]
+TORCHRUN = {
+    *("--nnodes", "--nproc-per-node", "--standalone", "--shutdown-timeout"),
+    *("--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
+}
 BLOCK = re.compile(r"(<!-- run(?:: server)? -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 TAGGED = re.compile(r"<!-- run(: server)? -->\n```(\w+)\n(.*?)```", re.DOTALL)
 
@@ -180,9 +184,9 @@ def test_commands_exist(name: str) -> None:
         assert target in targets, target
     known = {option for command in commands.values() for parameter in command.params for option in parameter.opts}
     known |= {option for command in commands.values() for p in command.params for option in p.secondary_opts}
-    # pip's and curl's own options are not ours
+    # pip's, curl's and torchrun's own options are not ours
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
-        assert option in known | {"--debug", "--extra-index-url", "--no-deps", "--wheel-dir"}, option
+        assert option in known | TORCHRUN | {"--debug", "--extra-index-url", "--no-deps", "--wheel-dir"}, option
 
 
 def test_the_help_page_is_up_to_date() -> None:

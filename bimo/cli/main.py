@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from bimo.cli import bench, chat, convert, data, doctor, generate, models, serve, tokenizer
+from bimo.cli import bench, chat, convert, data, doctor, generate, models, plan, serve, tokenizer
 from bimo.cli.eval import evaluate
 from bimo.cli.run import run
 from bimo.errors import BimoError, UsageError
@@ -39,6 +39,7 @@ app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command("eval")(evaluate)
 app.command()(run)
+app.command()(plan.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 

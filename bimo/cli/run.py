@@ -1,4 +1,9 @@
-"""`bimo run RECIPE`: from raw text to a model and a report of it, by one command."""
+"""`bimo run RECIPE`: from raw text to a model and a report of it, by one command.
+
+    torchrun --standalone --nproc-per-node 2 -m bimo.cli.main run RECIPE
+
+trains on several processes. The first one does the rest, prints and writes; the others wait.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,7 @@ from bimo.cli.options import Out, Overrides, RecipeArgument
 
 if TYPE_CHECKING:
     from bimo.recipe import Recipe
+    from bimo.runtime import Ranks
     from bimo.training.loop import StepInfo
     from bimo.training.session import Evaluation, Texts
 
@@ -38,11 +44,11 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Do all that a recipe says: data, tokenizer, training, report. Run it again and it goes on where it stopped."""
-    from bimo.cli.stages import make_tokenizer, make_tokens, prepare_data, run_folder
-    from bimo.cli.terminal import progress_display
+    from bimo.cli.stages import run_folder
     from bimo.data.executors import EXECUTORS
     from bimo.errors import UsageError
     from bimo.recipe import load_recipe
+    from bimo.runtime import ranks as ranks_of_process
 
     if executor not in EXECUTORS:
         raise UsageError(f"--executor is one of {', '.join(EXECUTORS)}, not {executor!r}", "executor")
@@ -52,17 +58,15 @@ def run(
             'a wordpiece tokenizer is for encoders, this model generates text: set tokenizer.kind to "bpe"',
             "tokenizer",
         )
-    folder = run_folder(loaded, out)
-    result: dict[str, Any] = {"run": str(folder)}
-    with progress_display() as progress:
-        prepared = prepare_data(loaded, folder, workers=workers, executor=executor, progress=progress)
-        result["manifest"] = str(folder / "data" / "manifest.html")
-        if until != "data":
-            tokenizer = make_tokenizer(loaded, folder, prepared, progress)
-        if until in ("training", "report"):
-            texts = make_tokens(loaded, folder, prepared, tokenizer, progress)
-    if until in ("training", "report"):
-        result |= _train(loaded, folder, texts)
+    folder, ranks = run_folder(loaded, out), ranks_of_process()
+    if ranks.world_size > 1:
+        trained = _together(loaded, folder, ranks, lambda: _prepare(loaded, folder, until, workers, executor))
+        if not ranks.is_main:
+            return
+    else:
+        texts = _prepare(loaded, folder, until, workers, executor)
+        trained = _train(loaded, folder, texts, ranks) if texts else {}
+    result: dict[str, Any] = {"run": str(folder), "manifest": str(folder / "data" / "manifest.html"), **trained}
     if until == "report":
         result["report"] = str(_report(loaded, folder))
     if as_json:
@@ -78,34 +82,75 @@ def run(
         typer.echo(f"talk to it: bimo chat {result['model']}")
 
 
-def _train(recipe: Recipe, folder: Path, texts: Texts) -> dict[str, Any]:
+def _prepare(recipe: Recipe, folder: Path, until: Stage, workers: int | None, executor: str) -> Texts | None:
+    """The stages before training, as far as `until`; the texts, if it goes so far."""
+    from bimo.cli.stages import make_tokenizer, make_tokens, prepare_data
+    from bimo.cli.terminal import progress_display
+
+    with progress_display() as progress:
+        prepared = prepare_data(recipe, folder, workers=workers, executor=executor, progress=progress)
+        if until == "data":
+            return None
+        tokenizer = make_tokenizer(recipe, folder, prepared, progress)
+        return None if until == "tokenizer" else make_tokens(recipe, folder, prepared, tokenizer, progress)
+
+
+def _together(recipe: Recipe, folder: Path, ranks: Ranks, prepare: Callable[[], Texts | None]) -> dict[str, Any]:
+    """On several processes: the first one prepares, the others open what it made, all train."""
+    from bimo.data.shards import TokenFile
+    from bimo.tokenizer.load import Tokenizer
+    from bimo.training.distributed import from_main, process_group
+    from bimo.training.session import Texts
+
+    def places() -> tuple[Path, dict[str, Path], dict[str, Path]] | None:
+        if (texts := prepare()) is None:
+            return None
+        parts = (texts.train, texts.validation)
+        train, validation = ({name: file.folder for name, file in part.items()} for part in parts)
+        return texts.tokenizer.directory, train, validation
+
+    with process_group(ranks):
+        if (made := from_main(ranks, places)) is None:
+            return {}
+        tokenizer, *parts = made
+        train, validation = ({name: TokenFile.open(place) for name, place in part.items()} for part in parts)
+        return _train(recipe, folder, Texts(train, validation, Tokenizer.from_directory(tokenizer)), ranks)
+
+
+def _train(recipe: Recipe, folder: Path, texts: Texts, ranks: Ranks) -> dict[str, Any]:
     """The training stage; nothing to do when the model is there and was made by this recipe from these texts."""
     from bimo.cli.stages import decoder_config
     from bimo.models.decoder import Decoder
     from bimo.models.initial import init_weights
     from bimo.objectives.causal import causal_loss
     from bimo.recipe import save_recipe
+    from bimo.training.distributed import anywhere, from_main, training_device
     from bimo.training.session import finished, train_run
 
-    model = folder / "model"
-    if (lineage := finished(recipe, folder, texts)) is None:
+    tell: Callable[[str], None] = _tell if ranks.is_main else lambda text: None
+    lineage = from_main(ranks, lambda: finished(recipe, folder, texts))
+    if lineage is None:
         config = decoder_config(recipe.model, texts.tokenizer.vocab_size)
         decoder = Decoder(config)
         init_weights(decoder, recipe.seed)
+        decoder.to(training_device(ranks))
         tokens = sum(len(file.tokens) for file in texts.train.values())
-        _tell(f"{config.num_parameters / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens of text, "
-              f"{recipe.training.steps} steps of {recipe.training.batch_tokens} tokens")  # fmt: skip
-        events = train_run(recipe, folder, decoder, causal_loss, texts, _tell)
-        with _display(recipe.training.steps) as show, _interruptible() as interrupted, contextlib.closing(events):
+        tell(f"{config.num_parameters / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens of text, "
+             f"{recipe.training.steps} steps of {recipe.training.batch_tokens} tokens"
+             + (f", {ranks.world_size} processes" if ranks.world_size > 1 else ""))  # fmt: skip
+        events = train_run(recipe, folder, decoder, causal_loss, texts, tell, ranks)
+        display = _display(recipe.training.steps) if ranks.is_main else contextlib.nullcontext(lambda event: None)
+        with display as show, _interruptible(ranks) as interrupted, contextlib.closing(events):
             for event in events:
                 show(event)
-                if interrupted():
+                if anywhere(ranks, interrupted()):
                     events.close()  # writes a checkpoint
-                    _tell(f"stopped after step {event.step}: the same command goes on from there")
+                    tell(f"stopped after step {event.step}: the same command goes on from there")
                     raise KeyboardInterrupt
-        lineage = finished(recipe, folder, texts) or {}
-    save_recipe(recipe, folder / "recipe.toml")
-    return {"model": str(model), "bits_per_byte": lineage.get("bits_per_byte", {})}
+        lineage = from_main(ranks, lambda: finished(recipe, folder, texts)) or {}
+    if ranks.is_main:
+        save_recipe(recipe, folder / "recipe.toml")
+    return {"model": str(folder / "model"), "bits_per_byte": lineage.get("bits_per_byte", {})}
 
 
 def _tell(text: str) -> None:
@@ -113,20 +158,23 @@ def _tell(text: str) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is noted, so that the step in hand can end well; a second one ends at once."""
+def _interruptible(ranks: Ranks) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM (Slurm, Kubernetes) are noted, so that the step in hand can end well. A second one ends at
+    once; not under torchrun, which hands on a Ctrl-C that the terminal has sent already."""
     pressed = False
 
     def note(number: int, frame: Any) -> None:
         nonlocal pressed
         pressed = True
-        signal.signal(signal.SIGINT, before)
+        if ranks.world_size == 1:
+            signal.signal(number, before[signal.Signals(number)])
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 from bimo.errors import DataError, MissingDependencyError
 from bimo.runtime import cpu_threads
 
-__all__ = ["EXECUTORS", "Executor"]
+__all__ = ["EXECUTORS", "Executor", "Results", "Task"]
 
 Task = tuple[int, tuple[Any, ...]]
 Results = Iterator[tuple[int, Any]]
@@ -41,7 +41,7 @@ def run_local(function: Callable[..., Any], tasks: Sequence[Task], workers: int 
             yield number, function(*arguments)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin) as pool:
-        futures = {pool.submit(_call, function, arguments): number for number, arguments in tasks}
+        futures = {pool.submit(function, *arguments): number for number, arguments in tasks}
         try:
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
@@ -63,13 +63,6 @@ def _end_with_parent() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    try:
-        return function(*arguments)
-    except MissingDependencyError as error:  # cannot travel between processes: it is made from two arguments, not one
-        raise DataError(str(error)) from None
-
-
 def run_ray(function: Callable[..., Any], tasks: Sequence[Task], workers: int | None) -> Results:
     """On a Ray cluster: the one that RAY_ADDRESS or a running `ray start` names, else a local one.
 
@@ -84,13 +77,13 @@ def run_ray(function: Callable[..., Any], tasks: Sequence[Task], workers: int | 
     try:
         if started:  # without num_cpus, which a cluster that runs already refuses
             ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-        remote = ray.remote(_call)
+        remote: Any = ray.remote(lambda arguments: function(*arguments))
         waiting = list(reversed(tasks))
         pending: dict[Any, int] = {}
         while waiting or pending:
             while waiting and len(pending) < (workers or len(tasks)):
                 number, arguments = waiting.pop()
-                pending[remote.remote(function, arguments)] = number
+                pending[remote.remote(arguments)] = number
             ready, _ = ray.wait(list(pending))
             for reference in ready:
                 yield pending.pop(reference), ray.get(reference)

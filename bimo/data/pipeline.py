@@ -7,12 +7,12 @@
     1  clean     unit by unit: read ─► language ─► rewrites ─► personal data ─► filters ─► Parquet + signatures   | many
     2  compare   signatures of all units: which documents copy an earlier one                                     | one
     3  divide    unit by unit: without copies, cut into passages, into training and validation                    | many
-    4  check     does validation text stand in the training data?                                                 | one
+    4  check     does validation text stand in the training data?                                                 | many
 
 A unit is some files of one source, about `UNIT_BYTES` of them. Its result appears by one rename under folder/work,
 named by a hash of what it was made from: a run that was killed goes on with the units that are missing, and where a
 file changed only its unit is done again. Units are streamed, their signatures stay on disk; what grows with the data is
-step 2, by some 100 bytes a document, and step 4, by 8 bytes a word of the validation text.
+step 2, by some 100 bytes a document, and step 4, by 16 bytes a word of the validation text.
 """
 
 from __future__ import annotations
@@ -22,29 +22,31 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bimo.data import executors
 from bimo.data.clean import REWRITES
-from bimo.data.dedup import NUM_MINIMA, exact_key, find_duplicates, signature
+from bimo.data.dedup import exact_key, find_duplicates, signature
 from bimo.data.documents import DocumentWriter, read_documents
 from bimo.data.filters import make_filters
 from bimo.data.language import identify
 from bimo.data.manifest import Ledger
-from bimo.data.overlap import find_leaks
+from bimo.data.overlap import LeakCheck, tick
 from bimo.data.privacy import mask
 from bimo.data.readers import read_file
 from bimo.data.records import Damage, Document, Message
 from bimo.data.segment import passages
 from bimo.data.shards import fingerprint
+from bimo.data.signatures import SignatureFile
 from bimo.data.sources import SourceFile, files_of
 from bimo.errors import DataError
 from bimo.recipe import DataRecipe, SourceRecipe
@@ -53,11 +55,11 @@ __all__ = ["Prepared", "Progress", "prepare"]
 
 UNIT_BYTES = 16 << 20  # of input; enough to make starting a unit cheap, little enough to share out and to repeat
 WAYS = 1 << 32  # the validation split is drawn from a hash of this many values
-CHUNK = 1 << 16  # signatures handled at once: 32 MB
 NOT_FOR_UNITS = {
     "exact_duplicates",
     "near_duplicates",
 }  # settings of later steps
+SPLITS = ("train", "validation")
 EXACT, NEAR = 1, 2  # what step 2 says of a document; 0: it stays
 
 Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all (0: unknown)
@@ -78,13 +80,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Unit:
-    """mark: names its folder below work; changes when the unit has to be done again."""
+    """mark: changes with its files and settings. place: its folder below work; changes with the code too, so that half
+    of a run is never an older bimo's. What is finished stays finished."""
 
     number: int
     source: SourceRecipe
     files: tuple[SourceFile, ...]
     num_bytes: int
     mark: str
+    place: str
 
 
 def _stat(path: str | Path) -> tuple[int, int]:
@@ -146,7 +150,7 @@ def _prepare(
         return Prepared(folder, manifest)
     # Before anything is replaced: a manifest of other settings must not vouch for files of these.
     (folder / "manifest.json").unlink(missing_ok=True)
-    _clear(work, {unit.mark for unit in units})
+    _clear(work, {unit.place for unit in units})
     total = sum(unit.num_bytes for unit in units)
 
     def watched(label: str, finished: Iterable[tuple[int, Any]]) -> list[Any]:
@@ -160,7 +164,7 @@ def _prepare(
 
     counts: list[int] = watched("cleaning", run(_clean_unit, [(u.number, (u, recipe, work)) for u in units], workers))
     report("comparing documents", 0, 0)
-    copies = _compare([work / unit.mark for unit in units], counts, recipe)
+    copies = _compare([work / unit.place for unit in units], counts, recipe)
     shutil.rmtree(folder / "documents", ignore_errors=True)
     (folder / "documents").mkdir()
     shares = np.split(copies, np.cumsum(counts)[:-1])
@@ -169,11 +173,11 @@ def _prepare(
     ledger = Ledger()
     for unit in units:
         for file in ("cleaned.json", "divided.json"):
-            ledger.merge(Ledger.from_dict(_load(work / unit.mark / file)["ledger"]))
+            ledger.merge(Ledger.from_dict(_load(work / unit.place / file)["ledger"]))
     manifest = {"format": 1, "mark": mark, "parts": parts}
     if recipe.validation:
         report("looking for leaks", 0, 0)
-        manifest["leaks"] = _check(folder, parts, recipe, ledger)
+        manifest["leaks"] = _check(folder, parts, recipe, ledger, lambda tasks: run(_tick_part, tasks, workers))
         manifest["parts"] = parts = [part for part in parts if part["documents"]]
     for part in parts:
         part["bytes"] = (folder / part["file"]).stat().st_size
@@ -205,10 +209,10 @@ def _sizes(folder: Path, files: list[dict[str, Any]]) -> bool:
     return all(_stat(folder / file["file"])[0] == file["bytes"] for file in files)
 
 
-def _clear(work: Path, marks: set[str]) -> None:
+def _clear(work: Path, wanted: set[str]) -> None:
     """Remove what no unit of this run is made from, and what killed runs left half-done."""
     for place in work.iterdir():
-        if place.is_dir() and place.name not in marks:
+        if place.is_dir() and place.name not in wanted:
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -220,12 +224,13 @@ def _units(recipe: DataRecipe, report: Progress) -> list[_Unit]:
     """
     units: list[_Unit] = []
     clean = recipe.clean.model_dump(exclude=NOT_FOR_UNITS)
+    code = sorted(Path(__file__).parent.glob("*.py"))
     words = [_stat(file) for file in recipe.clean.toxic_words]
 
     def end(source: SourceRecipe, group: list[SourceFile], size: int) -> None:
         files = [(file.name, file.member, file.start, file.end, *_stat(file.path)) for file in group]
         mark = fingerprint(source.model_dump(exclude={"weight"}), clean, words, files)
-        units.append(_Unit(len(units), source, tuple(group), size, mark))
+        units.append(_Unit(len(units), source, tuple(group), size, mark, fingerprint(mark, *code)))
 
     for source in recipe.sources:
         group: list[SourceFile] = []
@@ -245,14 +250,15 @@ def _units(recipe: DataRecipe, report: Progress) -> list[_Unit]:
 
 
 def _clean_unit(unit: _Unit, recipe: DataRecipe, work: Path) -> int:
-    """Work of one process, into work/<the unit's mark>. How many documents it kept."""
-    final = work / unit.mark
+    """Work of one process, into work/<the unit's place>. How many documents it kept."""
+    final = work / unit.place
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         done = _load(final / "cleaned.json")
         if _sizes(final, done["files"]):
             return int(done["kept"])
     shutil.rmtree(final, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{unit.mark}.", dir=work))
+    partial = work / f".{unit.place}.{uuid.uuid4().hex}"  # never one that a process of a killed run still writes to
+    partial.mkdir()
     try:
         ledger, keys = Ledger(), array("Q")
         stream = (partial / "signatures.bin").open("wb")
@@ -326,42 +332,9 @@ def _compare(places: list[Path], counts: list[int], recipe: DataRecipe) -> NDArr
     if not clean.exact_duplicates:
         keys = np.arange(total, dtype=np.uint64)  # no two are the same
     with tempfile.TemporaryFile(dir=places[0].parent) as columns:
-        signatures = _Signatures([place / "signatures.bin" for place in places], counts, columns)
+        signatures = SignatureFile([place / "signatures.bin" for place in places], counts, columns)
         copies = find_duplicates(keys, cast(NDArray[Any], signatures), clean.near_duplicates)
     return np.where(copies < 0, 0, np.where(keys == keys[copies], EXACT, NEAR)).astype(np.uint8)
-
-
-class _Signatures:
-    """The signatures of all units (N, NUM_MINIMA), on disk: what `find_duplicates` asks of an array, [:, column] and
-    [rows], without its memory. Mapped they would be the largest thing in it: each column touches every page. So they
-    are turned round once, into a file without a name in which a column is one piece."""
-
-    def __init__(self, files: list[Path], counts: list[int], columns: IO[bytes]) -> None:
-        self._files = files
-        self._starts = np.cumsum([0, *counts])
-        self.shape = (int(self._starts[-1]), NUM_MINIMA)
-        self._columns = columns
-        for file, start, count in zip(files, self._starts.tolist(), counts, strict=False):
-            for begin in range(0, count, CHUNK):
-                size = min(CHUNK, count - begin) * NUM_MINIMA
-                rows = np.fromfile(file, np.uint32, size, offset=begin * 4 * NUM_MINIMA).reshape(-1, NUM_MINIMA)
-                for column, values in enumerate(np.ascontiguousarray(rows.T)):
-                    os.pwrite(columns.fileno(), values, 4 * (column * len(self) + start + begin))
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, wanted: Any) -> NDArray[np.uint32]:
-        if isinstance(wanted, tuple):
-            size = 4 * len(self)
-            return np.frombuffer(os.pread(self._columns.fileno(), size, wanted[1] * size), np.uint32)
-        rows = np.empty((len(wanted), NUM_MINIMA), np.uint32)
-        units = np.searchsorted(self._starts, wanted, "right") - 1
-        for unit in np.unique(units):
-            with self._files[unit].open("rb", buffering=0) as file:
-                for place in np.flatnonzero(units == unit).tolist():
-                    os.preadv(file.fileno(), [rows[place]], int(wanted[place] - self._starts[unit]) * 4 * NUM_MINIMA)
-        return rows
 
 
 # --- 3: the result ----------------------------------------------------------------------------------------------------
@@ -372,10 +345,10 @@ def _divide_unit(
 ) -> list[dict[str, Any]]:
     """Work of one process: the unit's documents into folder/documents, less copies, in passages, in two parts."""
     ledger, parts = Ledger(), []
-    place = work / unit.mark
+    place = work / unit.place
     keys = np.fromfile(place / "keys.bin", np.uint64).tolist()
     limit = int(recipe.validation * WAYS)
-    names = {split: f"documents/{split}-{unit.number:05}.parquet" for split in ("train", "validation")}
+    names = {split: f"documents/{split}-{unit.number:05}.parquet" for split in SPLITS}
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(DocumentWriter(folder / name)) for split, name in names.items()}
         documents = read_documents([place / "documents.parquet"])
@@ -415,16 +388,23 @@ def _passages(document: Document, limit: int) -> list[Document]:
 # --- 4: leaks ---------------------------------------------------------------------------------------------------------
 
 
-def _check(folder: Path, parts: list[dict[str, Any]], recipe: DataRecipe, ledger: Ledger) -> dict[str, Any]:
+def _check(
+    folder: Path,
+    parts: list[dict[str, Any]],
+    recipe: DataRecipe,
+    ledger: Ledger,
+    run: Callable[[list[executors.Task]], executors.Results],
+) -> dict[str, Any]:
     """Look for validation documents in the training text; with leaks = "drop" they leave the validation files."""
-
-    def documents(split: str) -> Iterator[Document]:
-        return read_documents(folder / part["file"] for part in parts if part["split"] == split)
-
-    leaks = find_leaks(
-        ((document.id, document.text) for document in documents("validation")),
-        (document.text for document in documents("train")),
-    )
+    files = {split: [folder / part["file"] for part in parts if part["split"] == split] for split in SPLITS}
+    check = LeakCheck((document.id, document.text) for document in read_documents(files["validation"]))
+    if check.keys:
+        known = folder / "work" / "known.npy"  # mapped by all processes
+        np.save(known, check.known)
+        for _, (ticked, seen) in run([(n, (file, known, check.keys)) for n, file in enumerate(files["train"])]):
+            check.add(np.unpackbits(ticked, count=len(check.known)).view(np.bool_), seen)
+        known.unlink()
+    leaks = check.report()
     leaked = set(leaks.leaked)
     if leaked and recipe.leaks == "drop":
         for part in parts:
@@ -443,3 +423,10 @@ def _check(folder: Path, parts: list[dict[str, Any]], recipe: DataRecipe, ledger
             if not writer.num_documents:
                 path.unlink()
     return {"num_checked": leaks.num_checked, "leaked": list(leaks.leaked)}
+
+
+def _tick_part(file: Path, known: Path, keys: frozenset[int]) -> tuple[NDArray[np.uint8], set[int]]:
+    """Work of one process: what of the validation text stands in a file of training documents; the ticks as bits."""
+    texts = (document.text for document in read_documents([file]))
+    ticked, seen = tick(np.load(known, mmap_mode="r"), keys, texts)
+    return np.packbits(ticked), seen

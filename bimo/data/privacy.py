@@ -92,11 +92,7 @@ def find(text: str) -> list[Span]:
         spans += (Span(*match.span(), "EMAIL") for match in EMAIL.finditer(text))
     spans += _numbers(text)
     if IP_HINT.search(text):
-        spans += (
-            Span(*match.span(), "IP")
-            for match in IP.finditer(text)
-            if not _is_version(text, *match.span())
-        )
+        spans += (Span(*match.span(), "IP") for match in IP.finditer(text) if not _is_version(text, *match.span()))
     if ("::" in text or text.count(":") >= 7) and IP6_HINT.search(text):
         spans += (Span(*match.span(), "IP") for match in IP6.finditer(text) if _is_ip6(match[0]))
     spans.sort()
@@ -129,7 +125,8 @@ def mask(text: str) -> tuple[str, int]:
 
 def _numbers(text: str) -> list[Span]:
     """Looked for only around DIGITS: a fifth of the time that it takes all over the text."""
-    found, start = [], 0
+    found: list[Span] = []
+    start = 0
     for near in DIGITS.finditer(text):
         start = _numbers_near(text, max(start, near.start() - LEAD), near.end(), found)
     return found

@@ -17,7 +17,11 @@ from torch import Tensor
 
 from bimo.models.attention import causal_mask
 
-__all__ = ["PackedRows"]
+__all__ = ["SHORT_ROW", "PackedRows"]
+
+# Tokens of a row up to which plain products are faster than torch's blocked kernel on a CPU, forward and backward
+# together: 3.4 ms instead of 11 for 16 rows of 128 with 3 heads, 11 instead of 16 for 8 of 256; from 512 on nothing.
+SHORT_ROW = 256
 
 
 class PackedRows:
@@ -28,15 +32,21 @@ class PackedRows:
         self._masks: dict[int | None, Tensor] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=self._mask(window),
-            scale=scale,
-            enable_gqa=k.shape[2] != q.shape[2],
-        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, E)
+        if q.shape[2] <= SHORT_ROW and q.device.type == "cpu":
+            out = self._short(q * scale, k, v, self._mask(window))
+        else:
+            shared = k.shape[1] != q.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(window), scale=scale, enable_gqa=shared)
         return out.transpose(1, 2)
+
+    def _short(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """softmax(q kᵀ + mask) v; the heads that share a key head are rows of one product."""
+        batch, heads, num_tokens, width = q.shape
+        grouped = (batch, k.shape[1], -1, width)
+        scores = (q.reshape(grouped) @ k.transpose(-1, -2)).view(batch, heads, num_tokens, num_tokens)
+        weights = torch.softmax(scores + mask, -1).view(batch, k.shape[1], -1, num_tokens)
+        return (weights @ v).view(q.shape)
 
     def _mask(self, window: int | None) -> Tensor:
         """Additive (B, 1, T, T). Numbers and not booleans, which every layer would turn into numbers again."""

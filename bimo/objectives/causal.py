@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bimo.data.loader import IGNORED, Batch
 from bimo.models.decoder import Decoder
-from bimo.models.packed import PackedRows
+from bimo.models.packed import SHORT_ROW, PackedRows
 from bimo.objectives.cross_entropy import linear_cross_entropy
 
 __all__ = ["Loss", "causal_loss"]
@@ -38,7 +38,8 @@ def causal_loss(model: Decoder, batch: Batch, *, label_smoothing: float = 0.0) -
     )
     mixed = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if mixed else weight.dtype
-    attend = PackedRows(segments, dtype) if batch.segments.any() else None
+    packed = batch.segments.any() or batch.input_ids.shape[1] <= SHORT_ROW
+    attend = PackedRows(segments, dtype) if packed else None
     hidden = model(input_ids, positions, attend)
     kept = targets.flatten() != IGNORED
     head = weight if model.lm_head is None else model.lm_head.get_parameter("weight")

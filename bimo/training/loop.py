@@ -6,6 +6,9 @@
 
 `TrainingState` is all that a step changes; `training.checkpoint` writes it down, and a loop that starts from what was
 written makes the very same steps.
+
+Several processes (training.distributed) take their rows of one batch and divide by the targets of all of it, so their
+steps are those of one process but for the order of sums.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from bimo.data.loader import Batch, PackedLoader
 from bimo.errors import TrainingError
 from bimo.objectives.causal import Loss
 from bimo.recipe import TrainingRecipe
-from bimo.runtime import dtype_name
+from bimo.runtime import Ranks, dtype_name
+from bimo.training.distributed import accumulate, from_every, summed, whole
 from bimo.training.optim import learning_rate
 
 __all__ = ["Objective", "StepInfo", "TrainingState", "autocast", "current_length", "train"]
@@ -45,11 +49,13 @@ class TrainingState:
     tokens: int = 0
     average_loss: float | None = None
     ema: dict[str, Tensor] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """One optimiser step. loss: nats a token. grad_norm: before clipping. seconds: it took. step: 1 is the first."""
+    """One optimiser step, over all processes. loss: nats a token. grad_norm: before clipping. seconds: it took. step: 1
+    is the first."""
 
     step: int
     loss: float
@@ -83,12 +89,13 @@ def train(
 
     Raises TrainingError, naming the documents of the batch, when the loss or its gradient is not a number or explodes.
     """
-    model, loader = state.model, state.loader
+    model, loader, ranks = state.model, state.loader, state.ranks
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     device = weights[0].device
     model.train()
     num_rows = max(1, recipe.batch_tokens // loader.length)
-    micro = min(num_rows, recipe.micro_batch)
+    share_of_rows = -(-num_rows // ranks.world_size)  # others may have a row less, but compute as many parts
+    micro = min(share_of_rows, recipe.micro_batch)
     last = min(recipe.steps, recipe.steps if stop_at is None else stop_at)
     while state.step < last:
         begun = time.perf_counter()
@@ -97,31 +104,36 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        batch = loader.next_batch(num_rows)
+        batch = loader.next_batch(num_rows, rank=ranks.rank, world_size=ranks.world_size)
+        num_targets = summed(ranks, batch.num_targets)[0] / ranks.world_size  # of a process: gradients get averaged
         loss = 0.0
-        for start in range(0, num_rows, micro):
+        for start in range(0, share_of_rows, micro):
             part = batch.rows(slice(start, start + micro))
-            with autocast(recipe, device):
-                share = objective(model, part, label_smoothing=recipe.label_smoothing).total / batch.num_targets
-            share.backward()
+            with accumulate(objective) if start + micro < share_of_rows else nullcontext():
+                with autocast(recipe, device):
+                    share = objective(model, part, label_smoothing=recipe.label_smoothing).total / num_targets
+                share.backward()
             loss += float(share.detach())
-        norm = float(nn.utils.clip_grad_norm_(weights, recipe.clip or torch.inf))
-        _check(state, batch, loss, norm)
+        norm = float(whole(nn.utils.clip_grad_norm_(weights, recipe.clip or torch.inf)))
+        own, loss = loss, summed(ranks, loss)[0] / ranks.world_size
+        _check(state, batch, loss, norm, own)
         for optimizer in state.optimizers:
             optimizer.step()
         _update_ema(state, recipe.ema)
         state.step += 1
-        state.tokens += batch.input_ids.size
-        yield StepInfo(state.step, loss, norm, rate, batch.input_ids.size, time.perf_counter() - begun)
+        state.tokens += num_rows * loader.length
+        yield StepInfo(state.step, loss, norm, rate, num_rows * loader.length, time.perf_counter() - begun)
 
 
-def _check(state: TrainingState, batch: Batch, loss: float, norm: float) -> None:
-    """Stop before a bad step is taken: the weights are still good."""
+def _check(state: TrainingState, batch: Batch, loss: float, norm: float, own: float) -> None:
+    """Stop before a bad step is taken: the weights are still good. own: this process's part of the loss."""
     average = state.average_loss
     state.average_loss = loss if average is None else MEMORY * average + (1 - MEMORY) * loss
     if loss - loss == 0 and norm - norm == 0 and (average is None or loss < EXPLODED * average + 1):
         return
-    worst = state.loader.provenance(batch)
+    # every process comes here alike; the text of the one whose own loss is the worst
+    shares = from_every(state.ranks, (own, state.loader.provenance(batch)))
+    worst = max(shares, key=lambda share: (share[0] - share[0] != 0, share[0]))[1]
     shown = "; ".join(worst[:4]) + (f" and {len(worst) - 4} rows more" if len(worst) > 4 else "")
     what = "exploded" if loss - loss == 0 and norm - norm == 0 else "is not a number"
     raise TrainingError(

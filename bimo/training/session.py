@@ -7,6 +7,8 @@ for event in train_run(recipe, folder, model, texts, warn=print):
 folder/metrics.jsonl   every step and every evaluation, one a line; a resumed run continues it where it left off
        checkpoints/    see training.checkpoint
        model/          the result, written at the end
+
+Of several processes (training.distributed) each calls it and gets the same stream; the first one writes.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ from bimo.data.shards import TokenFile, fingerprint
 from bimo.errors import DataError, UsageError
 from bimo.models.decoder import Decoder
 from bimo.recipe import Recipe
+from bimo.runtime import Ranks
 from bimo.tokenizer.load import Tokenizer
 from bimo.training.checkpoint import latest_checkpoint, load_checkpoint, remove_old, save_checkpoint, save_model
+from bimo.training.distributed import anywhere, from_main, parallelize
 from bimo.training.loop import Objective, StepInfo, TrainingState, current_length, train
 from bimo.training.optim import make_optimizers
 from bimo.training.trackers import TRACKERS, Tracker
@@ -38,7 +42,7 @@ from bimo.training.validation import Score, bytes_of_tokens, validate
 __all__ = ["Evaluation", "Texts", "finished", "read_metrics", "train_run"]
 
 BEST = "best"  # the model directory of the best evaluation so far, where training may stop early
-WITHOUT_EFFECT = ("eval_every", "eval_tokens", "checkpoint_minutes", "keep_checkpoints", "trackers")
+WITHOUT_EFFECT = ("eval_every", "eval_tokens", "checkpoint_minutes", "keep_checkpoints", "parallel", "trackers")
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,20 @@ class Evaluation:
 
 
 def train_run(
-    recipe: Recipe, folder: Path, model: Decoder, objective: Objective, texts: Texts, warn: Callable[[str], None]
+    recipe: Recipe,
+    folder: Path,
+    model: Decoder,
+    objective: Objective,
+    texts: Texts,
+    warn: Callable[[str], None],
+    ranks: Ranks = Ranks(),
 ) -> Generator[StepInfo | Evaluation, None, None]:
     """Train `model` (its first weights set) as the recipe says, from the latest checkpoint in `folder` where one is.
 
+    Closing the generator writes a checkpoint; of several processes all must close it at the same event.
     Raises TrainingError (bad loss), DataError (a checkpoint of another model), UsageError (too little text).
     """
-    run = _Run(recipe, folder, model, objective, texts, warn)
+    run = _Run(recipe, folder, model, objective, texts, warn, ranks)
     try:
         yield from run.events()
     finally:
@@ -95,28 +106,31 @@ class _Run:
         objective: Objective,
         texts: Texts,
         warn: Callable[[str], None],
+        ranks: Ranks,
     ) -> None:
-        self.recipe, self.folder, self.texts, self.warn, self.objective = recipe, folder, texts, warn, objective
+        self.recipe, self.folder, self.texts, self.warn, self.ranks = recipe, folder, texts, warn, ranks
         self.training = recipe.training
         self.context = model.config.max_positions
         self.sizes = bytes_of_tokens(texts.tokenizer)
         self.best, self.since_best = float("inf"), 0
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.mark = _identity(recipe, texts)
-        torch.manual_seed(recipe.seed)
-        self.state = TrainingState(model, make_optimizers(model, self.training), self._loader(0))
-        self._resume()
+        torch.manual_seed(recipe.seed + ranks.rank)  # only dropout draws from it
         self._prepare_model(model)
-        self.metrics = _Metrics(folder / "metrics.jsonl", self.state.step)
+        self.objective = parallelize(model, objective, self.training.parallel, ranks)
+        self.state = TrainingState(model, make_optimizers(model, self.training), self._loader(0), ranks=ranks)
+        self._resume()
         settings = {"parameters": model.config.num_parameters, **self.training.model_dump(mode="json")}
         start = self.state.step
+        self.metrics = _Metrics(folder / "metrics.jsonl", start) if ranks.is_main else None
         self.trackers: list[Tracker] = [
-            TRACKERS[name](folder, recipe.name, settings, start) for name in self.training.trackers
+            TRACKERS[name](folder, recipe.name, settings, start) for name in self.training.trackers if ranks.is_main
         ]
         self.saved_at = time.monotonic()
 
     def close(self) -> None:
-        self.metrics.close()
+        if self.metrics:
+            self.metrics.close()
         for tracker in self.trackers:
             tracker.close()
 
@@ -127,12 +141,13 @@ class _Run:
             self._save()
             raise
         best = self.folder / BEST
-        if best.is_dir() and self.since_best:
+        if not (self.since_best and from_main(self.ranks, best.is_dir)):
+            self._save_model(self.folder / "model")
+        elif self.ranks.is_main:
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             os.replace(best, self.folder / "model")
-        else:
-            self._save_model(self.folder / "model")
-        shutil.rmtree(best, ignore_errors=True)
+        if self.ranks.is_main:
+            shutil.rmtree(best, ignore_errors=True)
 
     def _steps(self) -> Iterator[StepInfo | Evaluation]:
         state, training = self.state, self.training
@@ -146,7 +161,7 @@ class _Run:
                     yield self._evaluate()
                     if training.early_stopping and self.since_best >= training.early_stopping:
                         return
-                if time.monotonic() - self.saved_at >= training.checkpoint_minutes * 60:
+                if anywhere(self.ranks, time.monotonic() - self.saved_at >= training.checkpoint_minutes * 60):
                     self._save()
             if state.step == stage_end < training.steps:
                 state.loader = self._loader(state.step)
@@ -175,7 +190,7 @@ class _Run:
         return self.training.steps
 
     def _resume(self) -> None:
-        path = latest_checkpoint(self.folder / "checkpoints", self.warn)
+        path = from_main(self.ranks, lambda: latest_checkpoint(self.folder / "checkpoints", self.warn))
         if path is None:
             return
         step = json.loads((path / "training.json").read_text(encoding="utf-8"))["step"]
@@ -228,10 +243,12 @@ class _Run:
         about = {"mark": self.mark, "best": best, "since_best": self.since_best, "scores": self.scores}
         folder = self.folder / "checkpoints"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.metrics.flush()
+            if self.metrics:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.metrics.flush()
             save_checkpoint(self.state, folder, source=self.texts.tokenizer.directory, about=about)
-            remove_old(folder, self.training.keep_checkpoints)
+            if self.ranks.is_main:
+                remove_old(folder, self.training.keep_checkpoints)
         except DataError as error:
             self.warn(f"{error}; training goes on, and tries again in {self.training.checkpoint_minutes:g} minutes")
         self.saved_at = time.monotonic()
@@ -240,7 +257,8 @@ class _Run:
         save_model(self.state, folder, source=self.texts.tokenizer.directory, lineage=self._lineage())
 
     def _log(self, step: int, **values: float) -> None:
-        self.metrics.write({"step": step, **values})
+        if self.metrics:
+            self.metrics.write({"step": step, **values})
         for tracker in self.trackers:
             tracker.log(step, values)
 

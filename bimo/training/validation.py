@@ -19,6 +19,7 @@ from bimo.data.loader import IGNORED, PackedLoader
 from bimo.data.shards import TokenFile
 from bimo.recipe import TrainingRecipe
 from bimo.tokenizer.load import Tokenizer
+from bimo.training.distributed import reshard, summed
 from bimo.training.loop import Objective, TrainingState, autocast
 
 __all__ = ["Score", "bytes_of_tokens", "validate"]
@@ -59,7 +60,7 @@ def validate(
     length: int,
 ) -> dict[str, Score]:
     """Scores by the keys of `files`; the first `recipe.eval_tokens` tokens of each, in rows of `length`."""
-    model, scores = state.model, {}
+    model, ranks, scores = state.model, state.ranks, {}
     model.eval()
     _swap(state)
     for name, file in files.items():
@@ -70,13 +71,16 @@ def validate(
         left = min(rows, max(1, recipe.eval_tokens // length))
         score = Score(0.0, 0, 0)
         while left > 0:
-            batch = loader.next_batch(min(left, recipe.micro_batch))
-            left -= len(batch.input_ids)
+            num_rows = min(left, recipe.micro_batch * ranks.world_size)
+            batch = loader.next_batch(num_rows, rank=ranks.rank, world_size=ranks.world_size)
+            left -= num_rows
             with autocast(recipe, next(model.parameters()).device):
                 loss = objective(model, batch)
             targets = batch.targets[batch.targets != IGNORED]
             score += Score(float(loss.total), loss.num_targets, int(sizes[targets].sum()))
-        scores[name] = score
+        nats, num_tokens, num_bytes = summed(ranks, score.nats, score.num_tokens, score.num_bytes)
+        scores[name] = Score(nats, int(num_tokens), int(num_bytes))
+    reshard(objective)
     _swap(state)
     model.train()
     return scores
@@ -87,4 +91,6 @@ def _swap(state: TrainingState) -> None:
     saved."""
     for name, average in state.ema.items():
         weight = state.model.get_parameter(name)
-        weight.data, state.ema[name] = average, weight.data
+        kept = weight.clone()
+        weight.copy_(average)  # in place: fsdp knows its part by its memory
+        average.copy_(kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,7 @@ def test_mistakes_are_one_line(
     assert len(errors) == 1 and said in errors[0]
 
 
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="Debian's handbook packages need apt-get")
 @pytest.mark.timeout(280)
 def test_the_quickstart_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The shipped recipe on its real data, with fewer steps; LOG.md has the whole run's figures."""
@@ -156,5 +158,37 @@ def test_ctrl_c_keeps_every_step(recipe: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
+    step = int(re.search(r"stopped after step (\d+)", told)[1])  # type: ignore[index]
+    assert (Path("runs/small/checkpoints") / f"step-{step:08}" / "training.json").is_file()
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def test_two_processes_do_it_once(recipe: Path) -> None:
+    command = [*TORCHRUN, "-m", "bimo.cli.main", "run", str(recipe), "--json", "--set", "training.parallel=fsdp"]
+    for _ in range(2):  # the second time nothing is left to do
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert shown.returncode == 0, shown.stderr
+        result = json.loads(shown.stdout)  # one process speaks
+        assert result["bits_per_byte"] and Path(result["report"]).is_file()
+    rows = [json.loads(row) for row in Path("runs/small/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "grad_norm" in row] == list(range(1, 13))
+    assert main(["run", str(recipe), "--json"]) == 0  # the same run: how it was computed is no part of it
+    assert Path("runs/small/metrics.jsonl").read_text().count("\n") == len(rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_processes_stop_together(recipe: Path, number: signal.Signals) -> None:
+    command = [*TORCHRUN, "-m", "bimo.cli.main", "run", str(recipe), "--set", "training.steps=100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = Path("runs/small/metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode != 0
     step = int(re.search(r"stopped after step (\d+)", told)[1])  # type: ignore[index]
     assert (Path("runs/small/checkpoints") / f"step-{step:08}" / "training.json").is_file()

@@ -105,5 +105,5 @@ def test_ray_does_what_local_does(
     assert dict(EXECUTORS["ray"](pow, [(n, (n, 2)) for n in range(7)], 2)) == {n: n**2 for n in range(7)}
     with pytest.raises(FileNotFoundError):
         list(EXECUTORS["ray"](os.stat, [(0, (tmp_path / "gone",))], None))
-    with pytest.raises(DataError, match="pip install nonsense"):
+    with pytest.raises(MissingDependencyError, match="pip install nonsense"):
         list(EXECUTORS["ray"](_lacking, [(0, ())], None))

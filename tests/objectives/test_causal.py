@@ -69,6 +69,29 @@ def test_documents_do_not_see_each_other(model: Decoder, tmp_path: Path) -> None
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
+@pytest.mark.parametrize("short", [0, 256])
+def test_both_ways_of_attention_agree(
+    model: Decoder, tmp_path: Path, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With plain attention over one document at a time; gradients through both."""
+    import bimo.models.packed as packed
+
+    monkeypatch.setattr(packed, "SHORT_ROW", short)
+    encoded = [(str(n), tokens) for n, tokens in enumerate([*documents(), [0, 0]])]
+    file = write_tokens(tmp_path / "t", encoded, vocab_size=97, mark="")
+    batch = PackedLoader([file], length=sum(map(len, documents())), shuffle=False).next_batch(1)
+    loss = causal_loss(model, batch).total
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    total = torch.zeros(())
+    for tokens in documents():
+        ids = torch.tensor([tokens])
+        logits = model.logits(model(ids))[0, :-1]
+        total = total + F.cross_entropy(logits, ids[0, 1:], reduction="sum")
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
+    for mine, theirs in zip(gradients, torch.autograd.grad(total, list(model.parameters())), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_transformers_has_the_same_loss(model: Decoder, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
