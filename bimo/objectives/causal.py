@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bimo.data.loader import IGNORED, Batch
 from bimo.models.decoder import Decoder
-from bimo.models.packed import SHORT_ROW, PackedRows
+from bimo.models.packed import LONGEST_IN_BLOCKS, PackedRows
 from bimo.objectives.cross_entropy import linear_cross_entropy
 
 __all__ = ["Loss", "causal_loss"]
@@ -38,7 +38,7 @@ def causal_loss(model: Decoder, batch: Batch, *, label_smoothing: float = 0.0) -
     )
     mixed = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if mixed else weight.dtype
-    packed = batch.segments.any() or batch.input_ids.shape[1] <= SHORT_ROW
+    packed = batch.segments.any() or batch.input_ids.shape[1] <= LONGEST_IN_BLOCKS
     attend = PackedRows(segments, dtype) if packed else None
     hidden = model(input_ids, positions, attend)
     kept = targets.flatten() != IGNORED

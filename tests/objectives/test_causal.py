@@ -69,14 +69,15 @@ def test_documents_do_not_see_each_other(model: Decoder, tmp_path: Path) -> None
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("short", [0, 256])
+@pytest.mark.parametrize("block", [0, 7, 128])
 def test_both_ways_of_attention_agree(
-    model: Decoder, tmp_path: Path, short: int, monkeypatch: pytest.MonkeyPatch
+    model: Decoder, tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With plain attention over one document at a time; gradients through both."""
     import bimo.models.packed as packed
 
-    monkeypatch.setattr(packed, "SHORT_ROW", short)
+    monkeypatch.setattr(packed, "BLOCK", max(block, 1))
+    monkeypatch.setattr(packed, "LONGEST_IN_BLOCKS", 2048 if block else 0)
     encoded = [(str(n), tokens) for n, tokens in enumerate([*documents(), [0, 0]])]
     file = write_tokens(tmp_path / "t", encoded, vocab_size=97, mark="")
     batch = PackedLoader([file], length=sum(map(len, documents())), shuffle=False).next_batch(1)
