@@ -208,10 +208,16 @@ def answer_with(page: Page, text: str, finish: str = "stop") -> None:
 
 
 def never_ending(page: Page, max_tokens: int = 4000) -> None:
-    """Let the model go on until it is stopped, or for just `max_tokens`: the page's requests, with `ignore_eos`."""
+    (
+        """Let the model go on until it is stopped, or for just `max_tokens`: the page's requests, with `ignore_eos`.
+
+    Greedy: a sampled answer may begin with its end, and then nothing that can be seen need come.
+    """
+        ""
+    )
 
     def fulfil(route: Route) -> None:
-        body = route.request.post_data_json | {"ignore_eos": True, "max_tokens": max_tokens}
+        body = route.request.post_data_json | {"ignore_eos": True, "max_tokens": max_tokens, "temperature": 0}
         route.continue_(post_data=json.dumps(body))
 
     page.route("**/v1/chat/completions", fulfil)
