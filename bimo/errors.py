@@ -8,6 +8,7 @@
      │   ├─ UnsupportedModelError the architecture is not one bimo implements
      │   └─ CorruptModelError     a file is half-fetched, truncated or tampered with
      ├─ DownloadError             a registry could not be reached or refused
+     │   └─ PackageNotFoundError  it has no such package; `.versions` lists what it has of that name
      ├─ MissingDependencyError    an optional package is needed; the message has the install command
      ├─ DataError                documents, tokens or checkpoints cannot be read or written
      ├─ TrainingError            the loss is not a number, or exploded
@@ -30,6 +31,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelError",
     "ModelNotFoundError",
+    "PackageNotFoundError",
     "TrainingError",
     "UnsupportedModelError",
     "UsageError",
@@ -85,6 +87,15 @@ class CorruptModelError(ModelError):
 
 class DownloadError(BimoError):
     """A registry could not be reached, or refused."""
+
+
+class PackageNotFoundError(DownloadError):
+    """A registry has no package of that name, or not that version of it; `versions` are those it has."""
+
+    def __init__(self, requirement: str, versions: list[str]) -> None:
+        there = f", there are {', '.join(versions[-5:])}" if versions else ""
+        super().__init__(f"the package index has no {requirement} for this Python{there}: check name and version")
+        self.versions = versions
 
 
 class DataError(BimoError):

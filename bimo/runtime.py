@@ -28,6 +28,7 @@ __all__ = [
     "dtype_name",
     "kernels_wanted",
     "lazy_memory",
+    "measure_read_bandwidth",
     "ranks",
     "return_free_memory",
     "seed_all",
@@ -167,6 +168,20 @@ def dtype_name(name: str | None, device: str = "cpu") -> str:
     if name not in DTYPES:
         raise UsageError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {name!r}", "dtype")
     return name
+
+
+def measure_read_bandwidth(num_bytes: int = 256 << 20) -> float:
+    """Bytes a second that all cores read from memory: the best of several sums over an array no cache holds."""
+    import time
+
+    import torch
+
+    numbers, seconds = torch.ones(num_bytes // 4), []
+    for _ in range(6):
+        begun = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - begun)
+    return numbers.nbytes / min(seconds)
 
 
 def seed_all(seed: int) -> None:

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 500
 LEVELS = {
     **dict.fromkeys(["errors", "runtime"], 0),
-    **dict.fromkeys(["tokenizer", "models", "recipe", "quant"], 1),
+    **dict.fromkeys(["tokenizer", "models", "recipe", "quant", "registries"], 1),
     **dict.fromkeys(["data", "adapters", "engine", "formats"], 2),
     **dict.fromkeys(["objectives", "backends"], 3),
     **dict.fromkeys(["training", "tasks", "assistant"], 4),

@@ -25,6 +25,7 @@ from bimo.engine.runner import ModelRunner
 from bimo.errors import UsageError
 from bimo.formats.hub import gguf_source
 from bimo.formats.huggingface import load_weights
+from bimo.models.catalog import QUANT_BITS
 from bimo.models.config import DecoderConfig
 from bimo.runtime import available_memory, dtype_name, return_free_memory
 
@@ -49,7 +50,6 @@ CACHE_DTYPES = ("auto", "int8", "bfloat16")
 BLOCK_SIZE = 16  # tokens a cache block; smaller shares more of a prefix, larger gathers faster
 KV_CACHE_BYTES = 192 << 20  # default size of the KV cache, if that much memory is free
 log = logging.getLogger(__name__)
-_BITS = {"int8": 8.5, "int4": 5.8, "file": 8.5}  # a weight, scales and an 8-bit head counted in; "file" at most
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,13 @@ def _load_fused(reference: str, directory: Path, config: DecoderConfig, precisio
 
 def need_memory(config: DecoderConfig, precision: Precision) -> None:
     """Refuse a model whose weights do not fit into the free memory: need, have, and what would help."""
-    bits = _BITS[precision.quant] if precision.fused else 8.0 * NUMBER_BYTES[precision.dtype]
+    bits = QUANT_BITS[precision.quant] if precision.fused else 8.0 * NUMBER_BYTES[precision.dtype]
     largest = config.vocab_size * config.hidden_size * 4 * 2  # a tensor on its way, plain and quantised
     needed, free = int(config.num_parameters * bits / 8) + largest, available_memory()
     if free is None or needed <= free:
         return
     mend = "end other programs, or take a smaller model (`bimo models`)"
-    if precision.quant != "int4" and config.num_parameters * _BITS["int4"] / 8 + largest <= free:
+    if precision.quant != "int4" and config.num_parameters * QUANT_BITS["int4"] / 8 + largest <= free:
         mend = 'give --quant int4 (quant="int4" in Python), or ' + mend
     raise UsageError(
         f"the model's {config.num_parameters / 1e9:.2f} billion weights need {needed >> 20} MB in {precision.name}, "

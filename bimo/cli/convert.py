@@ -32,7 +32,7 @@ def convert(
     """Write a model as a directory or a .gguf file."""
     from bimo.errors import UsageError
     from bimo.formats import hub
-    from bimo.formats.download import storage_errors
+    from bimo.registries.trouble import storage_errors
 
     to_gguf = target.suffix == ".gguf"
     if kind is not None and not to_gguf:

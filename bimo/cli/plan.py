@@ -138,8 +138,8 @@ class DataSize:
 
 
 def _text(recipe: Recipe | None, data: Path | None, tokens: int | None) -> DataSize:
-    from bimo.data.fetch import is_package
     from bimo.recipe import SourceRecipe
+    from bimo.registries.packages import is_package
 
     if tokens is not None:
         return DataSize(tokens, "as --tokens says")
@@ -344,14 +344,14 @@ def _time(seconds: float) -> str:
 
 
 def _serve(model: str, as_json: bool) -> None:
-    from bimo.training.plan import measure_read_bandwidth, serving
+    from bimo.models.catalog import serving
 
     config = _config(model)
     number = runtime.dtype_name(None)
     free = runtime.available_memory()
     with progress_display() as progress:
         progress("measuring how fast memory is read", 0, 0)
-        bandwidth = measure_read_bandwidth()
+        bandwidth = runtime.measure_read_bandwidth()
     contexts = sorted({min(context, config.max_positions) for context in CONTEXTS})
     rows = [
         serving(config, quant, context, bytes_per_number=4 if number == "float32" else 2)
@@ -360,7 +360,8 @@ def _serve(model: str, as_json: bool) -> None:
     ]
     if as_json:
         listed = [
-            {**asdict(row), "fits": free is None or row.memory <= free,
+            {"quant": row.quant, "context": row.context, "weights": row.fit.weights, "kv_cache": row.fit.kv_cache,
+             "memory": row.fit.total, "read": row.read, "fits": free is None or row.fit.total <= free,
              "tokens_per_second": round(row.tokens_per_second(bandwidth), 2)}
             for row in rows
         ]  # fmt: skip
@@ -375,9 +376,9 @@ def _serve(model: str, as_json: bool) -> None:
         (
             f"none ({number})" if row.quant == "none" else row.quant,
             str(row.context),
-            *(human_bytes(count) for count in (row.weights, row.kv_cache, row.memory)),
+            *(human_bytes(count) for count in (row.fit.weights, row.fit.kv_cache, row.fit.total)),
             f"< {row.tokens_per_second(bandwidth):,.1f}",
-            "" if free is None or row.memory <= free else "more than is free",
+            "" if free is None or row.fit.total <= free else "more than is free",
         )
         for row in rows
     ]

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from bimo.data.documents import read_documents
-from bimo.data.pipeline import Prepared, Progress, prepare
+from bimo.data.pipeline import Prepared, prepare
 from bimo.data.records import Document
 from bimo.errors import DataError
 from bimo.recipe import ModelRecipe, Recipe
+from bimo.registries.trouble import Progress
 
 if TYPE_CHECKING:
     from bimo.data.shards import TokenFile

@@ -4,7 +4,7 @@
                                 folder/documents/validation-00000.parquet ...
                                 folder/manifest.json, folder/manifest.html   what every step dropped and changed
 
-    1  clean     unit by unit: read ─► language ─► rewrites ─► personal data ─► filters ─► Parquet + signatures   | many
+    1  clean     unit by unit: read ─► rewrites ─► personal data ─► language ─► filters ─► Parquet + signatures   | many
     2  compare   signatures of all units: which documents copy an earlier one                                     | one
     3  divide    unit by unit: without copies, cut into passages, into training and validation                    | many
     4  check     does validation text stand in the training data?                                                 | many
@@ -50,19 +50,15 @@ from bimo.data.signatures import SignatureFile
 from bimo.data.sources import SourceFile, files_of
 from bimo.errors import DataError
 from bimo.recipe import DataRecipe, SourceRecipe
+from bimo.registries.trouble import Progress
 
-__all__ = ["Prepared", "Progress", "prepare"]
+__all__ = ["Prepared", "prepare"]
 
 UNIT_BYTES = 16 << 20  # of input; enough to make starting a unit cheap, little enough to share out and to repeat
 WAYS = 1 << 32  # the validation split is drawn from a hash of this many values
-NOT_FOR_UNITS = {
-    "exact_duplicates",
-    "near_duplicates",
-}  # settings of later steps
+NOT_FOR_UNITS = {"exact_duplicates", "near_duplicates"}  # settings of later steps
 SPLITS = ("train", "validation")
 EXACT, NEAR = 1, 2  # what step 2 says of a document; 0: it stays
-
-Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all (0: unknown)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """MinHash signatures of a corpus on disk, read like an array: what `dedup.find_duplicates` asks for, in flat memory.
 
-with tempfile.TemporaryFile() as columns:
-    signatures = SignatureFile([folder / "signatures.bin", ...], counts, columns)
-    signatures[:, 3]         # one minimum of all documents
-    signatures[[17, 4]]      # all minima of two documents
+    with tempfile.TemporaryFile() as columns:
+        signatures = SignatureFile([folder / "signatures.bin", ...], counts, columns)
+        signatures[:, 3]         # one minimum of all documents
+        signatures[[17, 4]]      # all minima of two documents
+
+Written by the workers of data.pipeline, one file a unit.
 """
 
 from __future__ import annotations

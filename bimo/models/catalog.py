@@ -14,7 +14,19 @@ from dataclasses import dataclass
 
 from bimo.models.config import DecoderConfig, RopeConfig
 
-__all__ = ["CATALOG", "SIZES", "CatalogEntry", "Fit", "PinnedFile", "advise", "inference_memory", "near_names"]
+__all__ = [
+    "CATALOG",
+    "QUANT_BITS",
+    "SIZES",
+    "CatalogEntry",
+    "Fit",
+    "PinnedFile",
+    "Serving",
+    "advise",
+    "inference_memory",
+    "near_names",
+    "serving",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +276,11 @@ SIZES: Mapping[str, DecoderConfig] = {
 }
 
 
+# Bits to hold a weight in: scales, and an 8-bit head, counted in; "file" at most.
+QUANT_BITS = {"int8": 8.5, "int4": 5.8, "file": 8.5}
+READ_BITS = {"int8": 8.0, "int4": 5.0}  # that a step reads of a weight in the layers at least; the head has 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """What running one size takes, in bytes."""
@@ -279,22 +296,61 @@ class Fit:
         return int((self.weights + self.kv_cache) * 1.1)
 
 
-def inference_memory(name: str, *, bytes_per_weight: float = 2, context: int = 2048, num_sequences: int = 1) -> Fit:
-    """What `SIZES[name]` needs to answer `num_sequences` requests of `context` tokens at once.
+def inference_memory(
+    model: str | DecoderConfig, *, bytes_per_weight: float = 2, context: int = 2048, num_sequences: int = 1
+) -> Fit:
+    """What a model, or `SIZES[model]`, needs to answer `num_sequences` requests of `context` tokens at once.
 
     The cache holds a key and a value of `num_kv_heads * head_dim` numbers a token and layer, as wide as the weights
     but at least two bytes. A window caps what a layer holds.
     """
-    config = SIZES[name]
-    tokens = min(context, config.max_positions)
-    held = sum(min(tokens, config.window(layer) or tokens) for layer in range(config.num_layers))
-    kv_cache = 2 * held * config.num_kv_heads * config.head_dim * num_sequences * max(2, bytes_per_weight)
+    config = SIZES[model] if isinstance(model, str) else model
+    kv_cache = _cached_numbers(config, context) * num_sequences * max(2, bytes_per_weight)
     return Fit(
-        name=name,
+        name=model if isinstance(model, str) else model.family,
         num_parameters=config.num_parameters,
         weights=int(config.num_parameters * bytes_per_weight),
         kv_cache=int(kv_cache),
     )
+
+
+def _cached_numbers(config: DecoderConfig, context: int) -> int:
+    """Of keys and values of one sequence of `context` tokens."""
+    tokens = min(context, config.max_positions)
+    held = sum(min(tokens, config.window(layer) or tokens) for layer in range(config.num_layers))
+    return 2 * held * config.num_kv_heads * config.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """Serving one request in one precision. Bytes. read: what one new token takes from memory at the end of the
+    context: every weight and the cache pass through the processor once."""
+
+    quant: str
+    context: int
+    fit: Fit
+    read: int
+
+    def tokens_per_second(self, bandwidth: float) -> float:
+        """No implementation decodes one request faster; several at once share the weights' reading."""
+        return bandwidth / self.read
+
+
+def serving(config: DecoderConfig, quant: str, context: int, *, bytes_per_number: int = 2) -> Serving:
+    """quant: "none" (numbers of `bytes_per_number`), "int8" or "int4".
+
+    Read is counted low, so that the speed it gives is a bound: one byte a cached number beside quantised weights, and
+    an embedding that is not the head is looked up, not read.
+    """
+    width = bytes_per_number if quant == "none" else QUANT_BITS[quant] / 8
+    cached, head = _cached_numbers(config, context), config.vocab_size * config.hidden_size
+    layers = config.num_parameters - head * (1 if config.tied_embeddings else 2)
+    if quant == "none":
+        read = (layers + head + cached) * bytes_per_number
+    else:
+        read = int(layers * READ_BITS[quant] / 8) + head + cached
+    fit = inference_memory(config, bytes_per_weight=width, context=context)
+    return Serving(quant=quant, context=min(context, config.max_positions), fit=fit, read=read)
 
 
 def advise(memory_bytes: int, *, bytes_per_weight: float = 2, context: int = 2048, num_sequences: int = 1) -> list[Fit]:

@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bimo.data.loader import IGNORED
 from bimo.errors import MissingDependencyError, UsageError
 
 __all__ = ["IGNORED", "mask_tokens", "masked_loss", "next_sentence_loss", "sentence_pairs", "word_numbers"]
 
-IGNORED = -100  # the label of a position that is not predicted
 MASKED, RANDOM = 0.8, 0.1  # of the chosen: hidden, replaced; the rest is kept, so that words seen are modelled too
 
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"

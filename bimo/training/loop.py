@@ -31,7 +31,7 @@ from bimo.runtime import Ranks, dtype_name
 from bimo.training.distributed import accumulate, from_every, summed, whole
 from bimo.training.optim import learning_rate
 
-__all__ = ["Objective", "StepInfo", "TrainingState", "autocast", "current_length", "train"]
+__all__ = ["Objective", "StepInfo", "TrainingState", "autocast", "current_stage", "train"]
 
 Objective = Callable[..., Loss]  # (model, batch, label_smoothing=...) -> Loss
 EXPLODED = 3.0  # times the average loss of the last steps
@@ -72,14 +72,15 @@ def autocast(recipe: TrainingRecipe, device: torch.device) -> AbstractContextMan
     return nullcontext()
 
 
-def current_length(step: int, recipe: TrainingRecipe, context_length: int) -> int:
-    """Tokens of a row at this step: of the curriculum's stage it falls into, or the whole context."""
+def current_stage(step: int, recipe: TrainingRecipe, context_length: int) -> tuple[int, int]:
+    """Tokens of a row at this step, and the step at which the curriculum's stage ends; without one the whole context,
+    to the end."""
     reached = 0.0
     for share, length in recipe.curriculum:
         reached += share
-        if step < round(reached * recipe.steps):
-            return min(length, context_length)
-    return context_length
+        if step < (end := round(reached * recipe.steps)):
+            return min(length, context_length), end
+    return context_length, recipe.steps
 
 
 def train(

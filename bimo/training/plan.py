@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from bimo.data.loader import PackedLoader
 from bimo.data.shards import TokenFile
@@ -38,30 +37,26 @@ from bimo.models.decoder import Decoder
 from bimo.models.initial import init_weights
 from bimo.objectives.causal import causal_loss
 from bimo.recipe import ModelRecipe, TrainingRecipe
+from bimo.registries.trouble import Progress
 from bimo.runtime import dtype_name
 from bimo.training.loop import TrainingState, train
 from bimo.training.optim import make_optimizers
 
 __all__ = [
     "LADDER",
-    "QUANT_BITS",
     "Plan",
     "Planner",
-    "Serving",
     "Shape",
     "Throughput",
     "effective_tokens",
     "expected_loss",
     "flops_per_token",
-    "measure_read_bandwidth",
     "measure_throughput",
     "optimal_ratio",
-    "serving",
     "training_memory",
 ]
 
 Shape = Callable[[ModelRecipe, int], DecoderConfig]  # (model, vocab_size) -> configuration
-Progress = Callable[[str, int, int], None]
 
 TOKENS_PER_PARAMETER = 20
 MOST_EPOCHS = 4
@@ -75,8 +70,6 @@ PROBE_TOKENS = 1024  # of a step
 PROBE_SECONDS = 1.0  # of timed steps each
 LEAST_TIMED = 3  # steps; the fastest counts, others may have waited for another program
 LONGEST_PROBE = 6.0  # seconds; a larger model than that allows is not measured
-QUANT_BITS = {"int8": 8.5, "int4": 5.8}  # to hold a weight: scales, and an 8-bit head, counted in
-READ_BITS = {"int8": 8.0, "int4": 5.0}  # that a step reads of a weight in the layers at least; the head has 8
 
 LADDER = tuple(
     ModelRecipe(hidden_size=width, num_layers=layers)
@@ -156,51 +149,6 @@ def training_memory(config: DecoderConfig, training: TrainingRecipe) -> int:
     return int(1.1 * (state + activations + mask + head))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Serving:
-    """Serving one request in one precision. Bytes. read: what one new token takes from memory at the end of the
-    context: every weight and the cache pass through the processor once."""
-
-    quant: str
-    context: int
-    weights: int
-    kv_cache: int
-    memory: int
-    read: int
-
-    def tokens_per_second(self, bandwidth: float) -> float:
-        """No implementation decodes one request faster; several at once share the weights' reading."""
-        return bandwidth / self.read
-
-
-def serving(config: DecoderConfig, quant: str, context: int, *, bytes_per_number: int = 2) -> Serving:
-    """quant: "none" (numbers of `bytes_per_number`), "int8" or "int4".
-
-    Memory is what `models.catalog.inference_memory` says (a test compares them). Read is counted low, so that the speed
-    it gives is a bound: one byte a cached number beside quantised weights, and an embedding that is not the head is
-    looked up, not read.
-    """
-    width = bytes_per_number if quant == "none" else QUANT_BITS[quant] / 8
-    tokens = min(context, config.max_positions)
-    held = sum(min(tokens, config.window(layer) or tokens) for layer in range(config.num_layers))
-    cached = 2 * held * config.num_kv_heads * config.head_dim
-    weights, kv_cache = int(config.num_parameters * width), int(cached * max(2, width))
-    head = config.vocab_size * config.hidden_size
-    layers = config.num_parameters - head * (1 if config.tied_embeddings else 2)
-    if quant == "none":
-        read = (layers + head + cached) * bytes_per_number
-    else:
-        read = int(layers * READ_BITS[quant] / 8) + head + cached
-    return Serving(
-        quant=quant,
-        context=tokens,
-        weights=weights,
-        kv_cache=kv_cache,
-        memory=int((weights + kv_cache) * 1.1),
-        read=read,
-    )
-
-
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
@@ -263,16 +211,6 @@ def _step_seconds(config: DecoderConfig, batch_tokens: int, dtype: str) -> Itera
         timed, spent = timed + 1, time.perf_counter() - begun
         if spent > LONGEST_PROBE or (timed >= LEAST_TIMED and spent > PROBE_SECONDS):
             return
-
-
-def measure_read_bandwidth(num_bytes: int = 256 << 20) -> float:
-    """Bytes a second that all cores read from memory: the best of several sums over an array no cache holds."""
-    numbers, seconds = torch.ones(num_bytes // 4), []
-    for _ in range(6):
-        begun = time.perf_counter()
-        numbers.sum()
-        seconds.append(time.perf_counter() - begun)
-    return numbers.nbytes / min(seconds)
 
 
 # --- planning -------------------------------------------------------------------------------------------------------

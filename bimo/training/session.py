@@ -1,12 +1,14 @@
 """A whole training: the loop's stream, and what is done with it. Resumes by itself.
 
-for event in train_run(recipe, folder, model, texts, warn=print):
-    if isinstance(event, StepInfo): ...            # every step
-    else: print(event.step, event.scores)          # Evaluation
+    for event in train_run(recipe, folder, model, texts, warn=print):
+        if isinstance(event, StepInfo): ...            # every step
+        else: print(event.step, event.scores)          # Evaluation
 
-folder/metrics.jsonl   every step and every evaluation, one a line; a resumed run continues it where it left off
-       checkpoints/    see training.checkpoint
-       model/          the result, written at the end
+In the run's folder it keeps
+
+    metrics.jsonl   every step and every evaluation, one a line; a resumed run continues it where it left off
+    checkpoints/    see training.checkpoint
+    model/          the result, written at the end
 
 Of several processes (training.distributed) each calls it and gets the same stream; the first one writes.
 """
@@ -34,7 +36,7 @@ from bimo.runtime import Ranks
 from bimo.tokenizer.load import Tokenizer
 from bimo.training.checkpoint import latest_checkpoint, load_checkpoint, remove_old, save_checkpoint, save_model
 from bimo.training.distributed import anywhere, from_main, parallelize
-from bimo.training.loop import Objective, StepInfo, TrainingState, current_length, train
+from bimo.training.loop import Objective, StepInfo, TrainingState, current_stage, train
 from bimo.training.optim import make_optimizers
 from bimo.training.trackers import TRACKERS, Tracker
 from bimo.training.validation import Score, bytes_of_tokens, validate
@@ -112,7 +114,11 @@ class _Run:
         self.training = recipe.training
         self.context = model.config.max_positions
         self.sizes = bytes_of_tokens(texts.tokenizer)
-        self.best, self.since_best = float("inf"), 0
+        # of less than a row there is no score
+        self.validation = {name: file for name, file in texts.validation.items() if len(file.tokens) > self.context}
+        if texts.validation and not self.validation:
+            warn(f"there is less validation text than one row of {self.context} tokens: nothing is evaluated")
+        self.best, self.since_best, self.evaluated_at = float("inf"), 0, 0
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.mark = _identity(recipe, texts)
         torch.manual_seed(recipe.seed + ranks.rank)  # only dropout draws from it
@@ -151,13 +157,15 @@ class _Run:
 
     def _steps(self) -> Iterator[StepInfo | Evaluation]:
         state, training = self.state, self.training
+        if self._is_due(state.step):  # who left, left just before it
+            yield self._evaluate()
         while state.step < training.steps:
-            stage_end = self._stage_end(state.step)
+            _, stage_end = current_stage(state.step, training, self.context)
             for info in train(state, self.objective, training, stop_at=stage_end):
                 self._log(info.step, loss=info.loss, grad_norm=info.grad_norm, learning_rate=info.learning_rate,
                           tokens_per_second=info.num_tokens / info.seconds)  # fmt: skip
                 yield info
-                if self.texts.validation and (info.step % training.eval_every == 0 or info.step == training.steps):
+                if self._is_due(info.step):
                     yield self._evaluate()
                     if training.early_stopping and self.since_best >= training.early_stopping:
                         return
@@ -169,7 +177,7 @@ class _Run:
     # --- beginning --------------------------------------------------------------------------------------------------
 
     def _loader(self, step: int) -> PackedLoader:
-        length = current_length(step, self.training, self.context)
+        length, _ = current_stage(step, self.training, self.context)
         weights = {source.name: source.weight for source in self.recipe.data.sources}
         names = sorted(self.texts.train)
         files = [self.texts.train[name] for name in names]
@@ -179,15 +187,6 @@ class _Run:
         return PackedLoader(
             files, length=length, seed=self.recipe.seed, weights=[weights.get(name, 1.0) for name in names]
         )
-
-    def _stage_end(self, step: int) -> int:
-        """The step at which rows get another length, or the last."""
-        reached = 0.0
-        for share, _ in self.training.curriculum:
-            reached += share
-            if step < round(reached * self.training.steps):
-                return round(reached * self.training.steps)
-        return self.training.steps
 
     def _resume(self) -> None:
         path = from_main(self.ranks, lambda: latest_checkpoint(self.folder / "checkpoints", self.warn))
@@ -203,7 +202,7 @@ class _Run:
                 "recipe",
             )
         self.best, self.since_best = about["best"] or float("inf"), about["since_best"]
-        self.scores = about["scores"]
+        self.scores, self.evaluated_at = about["scores"], about["evaluated_at"]
 
     def _prepare_model(self, model: Decoder) -> None:
         """What changes how the model computes, not what it is."""
@@ -218,11 +217,17 @@ class _Run:
 
     # --- on the way ---------------------------------------------------------------------------------------------------
 
+    def _is_due(self, step: int) -> bool:
+        """Whether the model of this step is to be evaluated, and was not."""
+        due = step % self.training.eval_every == 0 or step == self.training.steps
+        return bool(self.validation) and step > self.evaluated_at and due
+
     def _evaluate(self) -> Evaluation:
         state = self.state
-        scores = validate(state, self.objective, self.training, self.texts.validation, self.sizes, self.context)
+        scores = validate(state, self.objective, self.training, self.validation, self.sizes, self.context)
+        self.evaluated_at = state.step
         total = sum(scores.values(), Score(0.0, 0, 0))
-        better = bool(scores) and total.nats_per_token < self.best
+        better = total.nats_per_token < self.best
         self.scores = {name: score.bits_per_byte for name, score in scores.items()}
         if better:
             self.best, self.since_best = total.nats_per_token, 0
@@ -234,13 +239,13 @@ class _Run:
         for name, score in scores.items():
             values[f"validation/{name}/bits_per_byte"] = score.bits_per_byte
             values[f"validation/{name}/loss"] = score.nats_per_token
-        if values:
-            self._log(state.step, **values)
+        self._log(state.step, **values)
         return Evaluation(state.step, scores, better)
 
     def _save(self) -> None:
         best = self.best if self.best < float("inf") else None
-        about = {"mark": self.mark, "best": best, "since_best": self.since_best, "scores": self.scores}
+        about = {"mark": self.mark, "best": best, "since_best": self.since_best, "scores": self.scores,
+                 "evaluated_at": self.evaluated_at}  # fmt: skip
         folder = self.folder / "checkpoints"
         try:
             if self.metrics:

@@ -41,7 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(planning, "PROBES", ((64, 1), (128, 1)))
     monkeypatch.setattr(planning, "PROBE_TOKENS", 512)
     monkeypatch.setattr(planning, "PROBE_SECONDS", 0.01)
-    monkeypatch.setattr(planning, "measure_read_bandwidth", lambda: 2e10)
+    monkeypatch.setattr(runtime, "measure_read_bandwidth", lambda: 2e10)
     monkeypatch.chdir(tmp_path)
 
 

@@ -147,19 +147,24 @@ def test_the_quickstart_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert Path(result["report"]).is_file()
 
 
-def test_ctrl_c_keeps_every_step(recipe: Path) -> None:
-    command = [sys.executable, "-m", "bimo.cli.main", "run", str(recipe), "--set", "training.steps=100000"]
+def stopped(command: list[str], number: signal.Signals) -> int:
+    """Its exit code, when a training is sent a signal after some steps; the step it names has a checkpoint."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = Path("runs/small/metrics.jsonl")
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 5):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
     step = int(re.search(r"stopped after step (\d+)", told)[1])  # type: ignore[index]
     assert (Path("runs/small/checkpoints") / f"step-{step:08}" / "training.json").is_file()
+    return process.returncode
+
+
+def test_ctrl_c_keeps_every_step(recipe: Path) -> None:
+    command = [sys.executable, "-m", "bimo.cli.main", "run", str(recipe), "--set", "training.steps=100000"]
+    assert stopped(command, signal.SIGINT) == 130
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -181,14 +186,4 @@ def test_two_processes_do_it_once(recipe: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_two_processes_stop_together(recipe: Path, number: signal.Signals) -> None:
     command = [*TORCHRUN, "-m", "bimo.cli.main", "run", str(recipe), "--set", "training.steps=100000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = Path("runs/small/metrics.jsonl")
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode != 0
-    step = int(re.search(r"stopped after step (\d+)", told)[1])  # type: ignore[index]
-    assert (Path("runs/small/checkpoints") / f"step-{step:08}" / "training.json").is_file()
+    assert stopped(command, number) != 0

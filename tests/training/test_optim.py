@@ -8,7 +8,7 @@ import pytest
 
 from bimo.objectives.causal import causal_loss
 from bimo.recipe import TrainingRecipe
-from bimo.training.loop import StepInfo, current_length
+from bimo.training.loop import StepInfo, current_stage
 from bimo.training.optim import learning_rate, make_optimizers
 from bimo.training.session import Texts, train_run
 from tests.training.tiny import build, make_recipe
@@ -27,7 +27,9 @@ def test_schedules(schedule: str) -> None:
 
 def test_a_curriculum_goes_from_short_to_long() -> None:
     recipe = TrainingRecipe(steps=10, curriculum=((0.3, 64), (0.3, 128), (0.4, 512)))
-    assert [current_length(step, recipe, 256) for step in range(10)] == [64] * 3 + [128] * 3 + [256] * 4
+    stages = [current_stage(step, recipe, 256) for step in range(10)]
+    assert stages == [(64, 3)] * 3 + [(128, 6)] * 3 + [(256, 10)] * 4
+    assert current_stage(7, TrainingRecipe(steps=10), 256) == (256, 10)
 
 
 def test_only_matrices_are_decayed(texts: Texts) -> None:

@@ -10,28 +10,26 @@ import pytest
 import torch
 
 import bimo.training.plan as planning
+from bimo import runtime
 from bimo.cli.stages import decoder_config
 from bimo.data.loader import PackedLoader
 from bimo.data.shards import TokenFile
 from bimo.errors import UsageError
-from bimo.models.catalog import SIZES, inference_memory
+from bimo.models.catalog import SIZES
 from bimo.models.decoder import Decoder
 from bimo.models.initial import init_weights
 from bimo.objectives.causal import causal_loss
 from bimo.recipe import ModelRecipe, TrainingRecipe, load_recipe
 from bimo.training.plan import (
     LADDER,
-    QUANT_BITS,
     Plan,
     Planner,
     Throughput,
     effective_tokens,
     expected_loss,
     flops_per_token,
-    measure_read_bandwidth,
     measure_throughput,
     optimal_ratio,
-    serving,
     training_memory,
 )
 
@@ -138,36 +136,6 @@ def test_memory_of_training() -> None:
     assert training_memory(config, few_rows) == training_memory(config, small)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt-neo-125m", "qwen3-0.6b", "mistral-7b", "smollm2-135m"])
-@pytest.mark.parametrize("context", [512, 4096])
-def test_serving_counts_as_the_catalog_does(name: str, context: int) -> None:
-    plain = serving(SIZES[name], "none", context)
-    known = inference_memory(name, context=context)
-    assert (plain.weights, plain.kv_cache, plain.memory) == (known.weights, known.kv_cache, known.total)
-    for quant, bits in QUANT_BITS.items():
-        row = serving(SIZES[name], quant, context)
-        assert row.memory == inference_memory(name, bytes_per_weight=bits / 8, context=context).total
-        assert row.read < plain.read
-    four = serving(SIZES[name], "none", context, bytes_per_number=4)
-    assert four.memory == inference_memory(name, bytes_per_weight=4, context=context).total
-
-
-def test_serving_has_the_engines_bits() -> None:
-    from bimo.backends.build import _BITS
-
-    assert {name: _BITS[name] for name in QUANT_BITS} == QUANT_BITS
-
-
-def test_a_token_reads_weights_and_cache_once() -> None:
-    config = SIZES["gpt3-1.3b"]
-    row = serving(config, "none", 2048)
-    cache = 2 * 24 * 2048 * 2048 * 2
-    assert row.read == pytest.approx(2 * config.num_parameters + cache, rel=0.01)
-    assert row.tokens_per_second(2.0 * row.read) == 2.0
-    untied = SIZES["mistral-7b"]  # its embedding is only looked up
-    assert serving(untied, "none", 1).read < 2 * untied.num_parameters - 2 * 4096 * 31_000
-
-
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +169,7 @@ def test_speed_between_and_beyond_measured_sizes() -> None:
 
 
 def test_memory_is_read() -> None:
-    assert 1e8 < measure_read_bandwidth(8 << 20) < 1e13
+    assert 1e8 < runtime.measure_read_bandwidth(8 << 20) < 1e13
 
 
 # --- planning -------------------------------------------------------------------------------------------------------

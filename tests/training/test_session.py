@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from bimo.data.loader import PackedLoader
+from bimo.data.shards import write_tokens
 from bimo.errors import DataError, TrainingError, UsageError
 from bimo.formats.huggingface import load_weights
 from bimo.models.decoder import Decoder
@@ -213,3 +214,25 @@ def test_a_bad_loss_names_its_text_and_keeps_the_weights(texts: Texts, tmp_path:
         list(train_run(recipe, tmp_path, model, objective, texts, print))
     assert "step 3" in str(caught.value) and "zh/" in str(caught.value)
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_who_leaves_before_an_evaluation_finds_it_made_up_for(texts: Texts, tmp_path: Path) -> None:
+    recipe = make_recipe(checkpoint_minutes=60)
+    whole = run(recipe, tmp_path / "whole", texts)
+    generator = train_run(recipe, tmp_path / "left", build(recipe, texts), causal_loss, texts, print)
+    while next(generator).step < 8:  # an evaluation would follow
+        pass
+    generator.close()
+    rest = run(recipe, tmp_path / "left", texts)
+    assert isinstance(rest[0], Evaluation) and rest[0].step == 8
+    assert losses(tmp_path / "left") == losses(tmp_path / "whole")
+    assert rest[-1].scores == whole[-1].scores
+
+
+def test_validation_text_of_less_than_a_row_is_said(texts: Texts, tmp_path: Path) -> None:
+    file = write_tokens(tmp_path / "short", [("a", [1, 2, 3])], vocab_size=600, mark="")
+    said: list[str] = []
+    recipe = make_recipe(early_stopping=1, eval_every=2)
+    events = run(recipe, tmp_path / "run", Texts(texts.train, {"en": file}, texts.tokenizer), said.append)
+    assert [event.step for event in events] == list(range(1, 25))  # no evaluation, and no early end
+    assert len(said) == 1 and "less validation text than one row" in said[0]

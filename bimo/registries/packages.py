@@ -14,28 +14,24 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from bimo.errors import BimoError, DownloadError, UsageError
+from bimo.errors import BimoError, DownloadError, PackageNotFoundError, UsageError
+from bimo.registries.trouble import FULL, UNREACHABLE, Progress
+from bimo.registries.wheels import fetch_wheel
 from bimo.runtime import cache_home
 
-__all__ = ["Progress", "fetch_package", "is_package"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is going on, bytes done, bytes in total); a total of 0 means it is not known."""
+__all__ = ["fetch_package", "is_package"]
 
 RECORD_NAME = ".bimo-package.json"
 # Names and versions only: a client would take "git+https://...", "../folder" or "--option" for something else.
@@ -45,16 +41,9 @@ REFERENCES = {
     "deb": (re.compile(r"([a-z0-9][a-z0-9+.-]+)(?:=([A-Za-z0-9][\w.+:~-]*))?", re.ASCII), "deb:name=1.0 or deb:name"),
 }
 MISSING = re.compile(
-    r"No matching distribution|E404|404 Not Found - GET|ETARGET|No matching version|Unable to locate package|"
+    r"E404|404 Not Found - GET|ETARGET|No matching version|Unable to locate package|"
     r"Version '.*' for '.*' was not found|No packages found|has no installation candidate|Can't find a source"
 )
-UNREACHABLE = re.compile(
-    r"NewConnectionError|NameResolutionError|Connection ?(?:Error|refused|reset|aborted|broken|timed out|failed)|"
-    r"Failed to establish|Max retries exceeded|Temporary failure|Could not resolve|Network is unreachable|timed out|"
-    r"Timeout|ProxyError|SSLError|CERTIFICATE_VERIFY|Could not fetch URL|ENOTFOUND|ECONNREFUSED|ECONNRESET|ETIMEDOUT|"
-    r"EAI_AGAIN|ENETUNREACH|EHOSTUNREACH|Unable to connect|Failed to fetch|Could not connect"
-)
-FULL = re.compile(r"No space left on device|ENOSPC|enough free space", re.IGNORECASE)
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, UnicodeError)
 
 
@@ -154,11 +143,6 @@ def _no_space(reference: str) -> BimoError:
 def _client(reference: str) -> _Client:
     """The command that fetches the package into the working folder."""
     scheme, _, requirement = reference.partition(":")
-    if scheme == "pypi":
-        command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary", ":all:"]
-        command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-        command += ["--retries", "3", "--dest", "."]
-        return _Client(command, "*.whl", f"run `{sys.executable} -m ensurepip --upgrade`")
     if scheme == "npm":
         command = ["npm", "pack", requirement, "--ignore-scripts", "--no-audit", "--no-update-notifier"]
         command += ["--fetch-retries=2", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=10000"]
@@ -168,12 +152,16 @@ def _client(reference: str) -> _Client:
 
 
 def _download(reference: str, work: Path, progress: Progress) -> Path:
+    if reference.startswith("pypi:"):
+        requirement = reference.removeprefix("pypi:")
+        try:  # what has arrived of it stays, when this process dies
+            return fetch_wheel(requirement, work, cache_home() / "fetching" / f"data-{requirement}", progress)
+        except PackageNotFoundError as error:
+            raise UsageError(f"{reference}: {error}", "path") from None
     client = _client(reference)
     tools = [client.command[0], *(["dpkg-deb"] if reference.startswith("deb:") else [])]
     if absent := [tool for tool in tools if shutil.which(tool) is None]:
         raise DownloadError(f"{reference} is fetched with {absent[0]}, which is not installed: {client.missing}")
-    if reference.startswith("pypi:") and importlib.util.find_spec("pip") is None:
-        raise DownloadError(f"{reference} is fetched with pip, which this Python has not: {client.missing}")
     label = f"fetching {reference}"
     progress(label, 0, 0)
     done = subprocess.run(
@@ -206,8 +194,8 @@ def _client_error(reference: str, output: str) -> BimoError:
         mend = "`apt-get update` brings the list up to date" if reference.startswith("deb:") else "check both"
         return UsageError(f"{reference}: the registry has no package of that name and version; {mend}", "path")
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"ERROR:|E:|npm error", line)] or lines[-1:]
-    said = re.sub(r"^(ERROR:|E:|npm error)\s*", "", errors[0]) if errors else "its client said nothing"
+    errors = [line for line in lines if re.match(r"E:|npm error", line)] or lines[-1:]
+    said = re.sub(r"^(E:|npm error)\s*", "", errors[0]) if errors else "its client said nothing"
     return DownloadError(f"{reference} could not be fetched: {said}")
 
 

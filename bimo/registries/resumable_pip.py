@@ -1,4 +1,6 @@
-"""pip, with downloads that go on where a killed process stopped: python -m bimo.formats.resumable_pip TMP KEPT ARGS...
+"""pip, with downloads that go on where a killed process stopped:
+
+    python -m bimo.registries.resumable_pip TMP KEPT ARGS...
 
     TMP     folder for pip's temporary files: on the disk that has the space, and swept up by whoever owns it
     KEPT    folder for what has arrived of a file that is not whole yet
