@@ -51,12 +51,14 @@ class UsageError(BimoError):
 
 
 class ContextLengthError(UsageError):
-    """The prompt does not fit into the model's context."""
+    """The prompt does not fit into the model's context, together with an answer unless that has its own
+    (`for_answer=False`, an encoder-decoder)."""
 
-    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+    def __init__(self, prompt_tokens: int, context_length: int, *, for_answer: bool = True) -> None:
+        room = " and needs room for at least one new token" if for_answer else ""
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens, the context holds {context_length} and needs room for at "
-            f"least one new token: shorten the prompt, or ask for truncation (truncate_prompt=true)",
+            f"the prompt has {prompt_tokens} tokens, the context holds {context_length}{room}: shorten the prompt, or "
+            "ask for truncation (truncate_prompt=true)",
             param="prompt",
         )
         self.prompt_tokens = prompt_tokens

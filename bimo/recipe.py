@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ __all__ = [
     "CleanRecipe",
     "DataRecipe",
     "ModelRecipe",
+    "ObjectiveRecipe",
+    "ParallelRecipe",
     "Recipe",
     "ReportRecipe",
     "SourceRecipe",
@@ -37,8 +40,36 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
+OBJECTIVES = {  # of each kind of model; the first is its usual one
+    "decoder": ("causal",),
+    "lstm": ("causal",),
+    "encoder": ("masked",),
+    "seq2seq": ("seq2seq", "denoise"),
+}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ParallelRecipe(_Section):
+    """The same documents in another language, whose elements have the same ids.
+
+    path: a folder or a package, as of a source. sha256: of the package.
+    replace: what in a document's path becomes what in its twin's: ["en-US", "zh-CN"]; if not given, they are equal.
+    """
+
+    path: str = Field(min_length=1)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    replace: tuple[str, str] | None = None
+
+    @field_validator("replace")
+    @classmethod
+    def _some(cls, replace: tuple[str, str] | None) -> tuple[str, str] | None:
+        if replace is not None and not replace[0]:
+            raise ValueError('replace names a part of the documents\' paths and what stands there in their twins\': '
+                             '["en-US", "zh-CN"]')  # fmt: skip
+        return replace
 
 
 class SourceRecipe(_Section):
@@ -53,6 +84,9 @@ class SourceRecipe(_Section):
     text: which field of a row (csv, tsv, jsonl, json, parquet) is the text, or a template such as "{word}: {meaning}".
     prompt, answer: the same for dialogues; both or none. Documents then hold messages.
     columns: names for the columns of a csv or tsv without a first line of names.
+    line: of "txt", a regular expression with named groups: each line in which it is found is a row with these fields.
+    parallel: where the same HTML pages stand in another language. Each element with an id, such as a paragraph, becomes
+        a dialogue: the user has its text, the assistant that of the twin's element; `language` is the assistant's.
     language: of all its documents, when known; else it is found out.
     weight: how often it is read in training, in relation to its size.
     """
@@ -69,6 +103,8 @@ class SourceRecipe(_Section):
     prompt: str | None = None
     answer: str | None = None
     columns: tuple[str, ...] | None = None
+    line: str | None = None
+    parallel: ParallelRecipe | None = None
     language: str | None = None
     weight: float = Field(default=1.0, gt=0)
 
@@ -76,7 +112,24 @@ class SourceRecipe(_Section):
     def _whole(self) -> SourceRecipe:
         if (self.prompt is None) != (self.answer is None):
             raise ValueError("a dialogue needs both prompt and answer")
+        if self.line is not None:
+            self._check_line(self.line)
+        if self.parallel is not None:
+            if self.format not in ("auto", "html"):
+                raise ValueError(f'parallel documents are HTML pages, with format = "{self.format}" it has no effect')
+            if self.prompt is not None or self.line is not None or self.text != "text":
+                raise ValueError("text, prompt, answer and line have no effect beside parallel: remove them")
         return self
+
+    def _check_line(self, pattern: str) -> None:
+        if self.format != "txt":
+            raise ValueError('line is for lines of plain text: write format = "txt" beside it, or remove it')
+        try:
+            fields = re.compile(pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"line is not a regular expression ({error})") from None
+        if not fields:
+            raise ValueError(r"line names no field: write a group such as (?P<text>.*) into it")
 
 
 class CleanRecipe(_Section):
@@ -86,7 +139,7 @@ class CleanRecipe(_Section):
     unicode: NFC, one kind of line ending, no control and zero-width characters (joiners that emoji need stay).
     markup: left-over tags and entities, lines that are navigation or copyright notices.
     full_width: full-width letters, digits and spaces become ASCII; Chinese punctuation stays.
-    simplified: traditional Chinese becomes simplified (OpenCC).
+    simplified: traditional Chinese becomes simplified (OpenCC); not in sources whose language is Japanese or Korean.
     languages: only these are kept; empty keeps all.
     quality: too short, repetitive, mostly symbols; rules that know both Chinese and English.
     min_chars: shortest document; dialogues may be shorter.
@@ -115,7 +168,8 @@ class CleanRecipe(_Section):
 class DataRecipe(_Section):
     """Sources, cleaning, and how the result is divided.
 
-    validation: share of the documents that is kept out of training, chosen by their text's hash.
+    validation: share of the documents that is kept out of training, chosen by a hash of their text; of a dialogue, of
+        what comes before the answer; of a page's pairs, of the page's name, so that none is in both parts.
     passage_chars: longer documents are cut into passages of at most this many characters, at sentence ends; 0: never.
     leaks: what to do with validation documents that stand in the training data as well: "stop", "drop" them from
         validation, or "warn".
@@ -139,7 +193,8 @@ class DataRecipe(_Section):
 class TokenizerRecipe(_Section):
     """Learned from the training documents.
 
-    kind: byte-level "bpe" (GPT-2's way; every text has a spelling), "wordpiece" (BERT's) or "unigram" (T5's, on bytes).
+    kind: byte-level "bpe" (GPT-2's way; every text has a spelling), "wordpiece" (BERT's, and an encoder's if nothing is
+        said) or "unigram" (T5's, on bytes).
     sample_bytes: of text to learn from; more costs time and changes little.
     """
 
@@ -149,9 +204,18 @@ class TokenizerRecipe(_Section):
 
 
 class ModelRecipe(_Section):
-    """A decoder of Llama's shape. hidden_size and num_layers make the size, the rest follows from them if not given."""
+    """hidden_size and num_layers make the size, the rest follows from them if not given.
 
+    kind: "decoder" of Llama's shape, which writes text; "lstm", the recurrent baseline; "encoder" of BERT's shape,
+        which reads; "seq2seq", which reads one text and writes another.
+    family: of a seq2seq model: "marian", the original Transformer, "bart" or "t5".
+    num_decoder_layers: of a seq2seq model, whose encoder has num_layers; the same if not given.
+    """
+
+    kind: Literal["decoder", "lstm", "encoder", "seq2seq"] = "decoder"
+    family: Literal["marian", "bart", "t5"] = "marian"
     hidden_size: Count = 384
+    num_decoder_layers: Count | None = None
     num_layers: Count = 6
     num_heads: Count | None = None
     num_kv_heads: Count | None = None
@@ -162,6 +226,10 @@ class ModelRecipe(_Section):
     @model_validator(mode="after")
     def _divisible(self) -> ModelRecipe:
         heads = self.heads
+        if self.kind == "lstm":
+            return self
+        if self.kind != "decoder" and self.num_kv_heads:
+            raise ValueError("num_kv_heads is a decoder's: leave it out")
         if self.hidden_size % heads or self.hidden_size // heads % 2:
             raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of num_heads {heads}")
         if heads % (self.num_kv_heads or heads):
@@ -172,6 +240,27 @@ class ModelRecipe(_Section):
     def heads(self) -> int:
         """num_heads; 64 wide each, if it was not given."""
         return self.num_heads or max(1, self.hidden_size // 64)
+
+
+class ObjectiveRecipe(_Section):
+    """What is learned from the text.
+
+    kind: "causal", the next token; "masked", hidden words (arXiv:1810.04805); "seq2seq", an answer from a question, for
+        sources of pairs; "denoise", what was taken out of a text (spans for t5, arXiv:1910.10683; infilling for
+        others, arXiv:1910.13461). "auto": causal for decoder and lstm, masked for encoder, seq2seq for seq2seq.
+    share: of the tokens that are hidden (masked, denoise).
+    whole_words: all pieces of a word, all characters of a Chinese one, are hidden together (masked).
+    next_sentence: the encoder also judges whether a text follows another one (masked).
+    mean_span: tokens taken out in one place, on average (denoise).
+    r_drop: weight of the divergence between two passes with different dropout (arXiv:2106.14448); 0: one pass.
+    """
+
+    kind: Literal["auto", "causal", "masked", "seq2seq", "denoise"] = "auto"
+    share: float = Field(default=0.15, gt=0, lt=1)
+    whole_words: bool = True
+    next_sentence: bool = True
+    mean_span: float = Field(default=3.0, ge=1)
+    r_drop: float = Field(default=0.0, ge=0)
 
 
 class TrainingRecipe(_Section):
@@ -225,11 +314,21 @@ class TrainingRecipe(_Section):
 
 
 class ReportRecipe(_Section):
-    """What the report shows of the finished model: texts it goes on with, and questions it is asked as a chat."""
+    """What the report shows of the finished model.
+
+    prompts: texts it goes on with; sources of a seq2seq model; texts with [MASK] for an encoder.
+    questions: what it is asked as a chat.
+    ngram: order of an n-gram model that is counted on the same text and scored beside it (causal); 0: none.
+    pairs: held-out pairs that are written by a seq2seq model and scored by BLEU and chrF; 0: none.
+    beams: of the search that writes them.
+    """
 
     prompts: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     max_tokens: Count = 60
+    ngram: int = Field(default=0, ge=0, le=5)
+    pairs: int = Field(default=200, ge=0)
+    beams: Count = 4
 
 
 class Recipe(_Section):
@@ -240,8 +339,34 @@ class Recipe(_Section):
     data: DataRecipe
     tokenizer: TokenizerRecipe = TokenizerRecipe()
     model: ModelRecipe = ModelRecipe()
+    objective: ObjectiveRecipe = ObjectiveRecipe()
     training: TrainingRecipe = TrainingRecipe()
     report: ReportRecipe = ReportRecipe()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_tokenizer(cls, raw: Any) -> Any:
+        """An encoder's is WordPiece, if nothing else is said."""
+        if isinstance(raw, dict) and (raw.get("model") or {}).get("kind") == "encoder":
+            return {**raw, "tokenizer": {"kind": "wordpiece", **(raw.get("tokenizer") or {})}}
+        return raw
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Recipe:
+        if self.objective_kind not in OBJECTIVES[self.model.kind]:
+            can = " or ".join(OBJECTIVES[self.model.kind])
+            raise ValueError(f"a model of kind {self.model.kind} learns {can}, not {self.objective_kind}")
+        if self.objective.r_drop and self.objective_kind == "masked" and self.objective.next_sentence:
+            raise ValueError("objective.r_drop is of words, not of relations: set objective.next_sentence to false")
+        if self.objective.r_drop and not self.model.dropout:
+            raise ValueError("objective.r_drop compares passes with different dropout: set model.dropout, e.g. to 0.1")
+        return self
+
+    @property
+    def objective_kind(self) -> str:
+        """The objective's kind, where it follows from the model too."""
+        kind = self.objective.kind
+        return OBJECTIVES[self.model.kind][0] if kind == "auto" else kind
 
 
 def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -324,7 +449,11 @@ def _rooted(recipe: Recipe, folder: Path) -> Recipe:
         scheme = path.partition(":")[0]
         return path if scheme in ("pypi", "npm", "deb") else str(folder / Path(path).expanduser())
 
-    sources = tuple(source.model_copy(update={"path": absolute(source.path)}) for source in recipe.data.sources)
+    def rooted(source: SourceRecipe) -> SourceRecipe:
+        twin = source.parallel and source.parallel.model_copy(update={"path": absolute(source.parallel.path)})
+        return source.model_copy(update={"path": absolute(source.path), "parallel": twin})
+
+    sources = tuple(rooted(source) for source in recipe.data.sources)
     clean = recipe.data.clean
     clean = clean.model_copy(update={"toxic_words": tuple(absolute(path) for path in clean.toxic_words)})
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources, "clean": clean})})

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import os
 import platform
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 from bimo.errors import UsageError
 
 __all__ = [
+    "KERNELS_INTERFACE",
     "CpuInfo",
     "Ranks",
     "api_key",
@@ -26,8 +29,10 @@ __all__ = [
     "cpu_info",
     "cpu_threads",
     "dtype_name",
+    "keep_freed_memory",
     "kernels_wanted",
     "lazy_memory",
+    "load_kernels",
     "measure_read_bandwidth",
     "ranks",
     "return_free_memory",
@@ -36,6 +41,8 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
+KERNELS_INTERFACE = 10  # of the kernels package; raised with every change of what its functions take or give
+log = logging.getLogger(__name__)
 
 
 def cache_home() -> Path:
@@ -53,6 +60,25 @@ def api_key() -> str | None:
 def kernels_wanted() -> bool:
     """Whether the C++ kernels may be used: unless $BIMO_KERNELS is 0."""
     return os.environ.get("BIMO_KERNELS") != "0"
+
+
+@lru_cache
+def load_kernels() -> ModuleType | None:
+    """The optional C++ loops (`kernels/`, package bimo-kernels); None where they were not built or are not wanted."""
+    if not kernels_wanted():
+        return None
+    try:
+        import bimo_kernels
+    except ImportError:  # not built: no compiler at set-up
+        return None
+    if (found := getattr(bimo_kernels, "INTERFACE", 0)) != KERNELS_INTERFACE:
+        log.warning(
+            "the kernels package speaks interface %s, this bimo %s: it is not used; build it again with `make setup`",
+            found,
+            KERNELS_INTERFACE,
+        )
+        return None
+    return bimo_kernels
 
 
 @dataclass(frozen=True)
@@ -148,6 +174,18 @@ def return_free_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """From now on the allocator keeps what is freed, for the next use (glibc; elsewhere nothing happens).
+
+    A training step frees hundreds of large tensors, and the next one asks for the same again: given back to the system
+    and zeroed anew, their pages were up to a tenth of a step.
+    """
+    no_mmap, no_trim = (-4, 0), (-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        for parameter, value in (no_mmap, no_trim):
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def lazy_memory(num_bytes: int) -> mmap.mmap:

@@ -20,7 +20,8 @@ OutputSink = Callable[[Output], None]  # called from the backend's own thread; m
 
 @dataclass(frozen=True, kw_only=True)
 class BackendInfo:
-    """What is being served. `context_length` counts tokens, prompt and answer together."""
+    """What is being served. `context_length` counts tokens, prompt and answer together; of a model that
+    `reads_source` (an encoder-decoder), each of the two."""
 
     model: str  # the reference the user gave, e.g. "smollm2"
     architecture: str  # Hugging Face model_type
@@ -32,6 +33,7 @@ class BackendInfo:
     kv_cache_tokens: int
     quant: str = "none"  # "int8" | "int4" | "file" | "none"
     cache_dtype: str = ""  # of keys and values
+    reads_source: bool = False  # an encoder-decoder: an answer is made of the prompt, not put behind it
     created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
 
 

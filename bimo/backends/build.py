@@ -6,6 +6,9 @@
     "file"    as the GGUF file has them                  the whole step          the same
     "none"    bfloat16, float32 or float16 (`dtype`)     attention and norms     oneDNN's products
 
+An encoder-decoder and an LSTM are computed by plain torch as they are ("none"), the LSTM in float32: it adds up its
+state over a whole text.
+
 On a CPU the default is int8 where the kernels run: it is the fastest, and costs smollm2 less than 1 % of perplexity
 (LOG.md). A `dtype` that is asked for means "none".
 """
@@ -19,30 +22,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bimo.backends.packed import PackedFile
-from bimo.engine.cache import NUMBER_BYTES, bytes_per_token
+from bimo.engine.cache import NUMBER_BYTES, bytes_per_block
 from bimo.engine.fused import FusedDecoder, can_fuse
 from bimo.engine.runner import ModelRunner
-from bimo.errors import UsageError
+from bimo.errors import CorruptModelError, UnsupportedModelError, UsageError
 from bimo.formats.hub import gguf_source
-from bimo.formats.huggingface import load_weights
+from bimo.formats.huggingface import load_model, load_weights, read_json, read_model_config
 from bimo.models.catalog import QUANT_BITS
-from bimo.models.config import DecoderConfig
+from bimo.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
 from bimo.runtime import available_memory, dtype_name, return_free_memory
 
 if TYPE_CHECKING:
     import torch
 
     from bimo.models.decoder import Decoder
+    from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+    from bimo.models.seq2seq import EncoderDecoder
+
+    WriterConfig = DecoderConfig | Seq2SeqConfig | LSTMConfig
+    Writer = Decoder | EncoderDecoder | LSTMLanguageModel | FusedDecoder
 
 __all__ = [
     "BLOCK_SIZE",
     "CACHE_DTYPES",
     "QUANTS",
+    "AnswerRules",
     "Precision",
     "build_model",
     "build_runner",
     "choose_precision",
     "load_decoder",
+    "read_rules",
+    "read_writer_config",
 ]
 
 QUANTS = ("int8", "int4", "file", "none")
@@ -72,8 +83,51 @@ class Precision:
         return weights if self.fused else f"{weights} widened to {self.dtype}"
 
 
+@dataclass(frozen=True)
+class AnswerRules:
+    """What a model's generation_config.json says of every answer: the token it begins with, those it never has."""
+
+    first_token_id: int | None = None
+    banned_token_ids: tuple[int, ...] = ()
+
+
+def read_writer_config(reference: str, directory: Path) -> WriterConfig:
+    """The config of a model that writes text. Raises UnsupportedModelError for an encoder, which only reads it."""
+    config = read_model_config(directory)
+    if isinstance(config, EncoderConfig):
+        raise UnsupportedModelError(
+            f"{reference} is an encoder ({config.family}), which reads text and does not write it: open it with "
+            "bimo.formats.huggingface.load_encoder, for embeddings, classes and masked words; a decoder or an "
+            "encoder-decoder writes"
+        )
+    return config
+
+
+def read_rules(directory: Path, config: WriterConfig) -> AnswerRules:
+    """An encoder-decoder's rules: it never writes padding nor the token that starts every target, which it was never
+    taught, nor single `bad_words_ids`; and `forced_bos_token_id` comes first (mBART's language, BART's <s>)."""
+    if not isinstance(config, Seq2SeqConfig):
+        return AnswerRules()
+    settings: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):  # older models have them in the first
+        if (directory / name).is_file():
+            found = read_json(directory / name)
+            settings.update({k: v for k, v in found.items() if v is not None} if isinstance(found, dict) else {})
+    first, bad = settings.get("forced_bos_token_id"), settings.get("bad_words_ids", [])
+    words = bad if isinstance(bad, list) else [bad]
+    single = [word[0] for word in words if isinstance(word, list) and len(word) == 1]
+    for token in [*single, *([] if first is None else [first])]:
+        if not isinstance(token, int) or not 0 <= token < config.vocab_size:
+            raise CorruptModelError(
+                f"{directory / 'generation_config.json'} forces or forbids the token {token!r}, ids are 0 to "
+                f"{config.vocab_size - 1}: fetch the model again"
+            )
+    banned = {config.pad_token_id, config.decoder_start_token_id, *single} - {config.eos_token_id, first}
+    return AnswerRules(first, tuple(sorted(banned)))
+
+
 def choose_precision(
-    config: DecoderConfig,
+    config: WriterConfig,
     *,
     quant: str | None = None,
     dtype: str | None = None,
@@ -90,6 +144,8 @@ def choose_precision(
     wished = None if dtype == "auto" else dtype
     if wished is not None and quant not in (None, "none"):
         raise UsageError(f'dtype is for unquantised weights: give quant="none" or leave dtype={wished!r} out', "dtype")
+    if not isinstance(config, DecoderConfig):
+        return _as_it_is(config, quant, dtype, cache_dtype, device)
     obstacle = can_fuse(config) if device == "cpu" else f"the device is {device}"
     why = "asked for"
     if quant is None:
@@ -111,6 +167,26 @@ def choose_precision(
     return Precision(quant, number_type, "int8" if narrow else number_type, fused, why)
 
 
+def _as_it_is(
+    config: Seq2SeqConfig | LSTMConfig, quant: str | None, dtype: str | None, cache_dtype: str | None, device: str
+) -> Precision:
+    """Precision of what has no quantised weights."""
+    kind = "an encoder-decoder" if isinstance(config, Seq2SeqConfig) else "an LSTM"
+    if quant not in (None, "none"):
+        raise UsageError(
+            f"quant {quant!r} is for decoders, {config.family} is {kind} and computed as it is: leave quant out",
+            "quant",
+        )
+    if cache_dtype not in (None, "auto"):
+        raise UsageError(
+            f"kv_cache_dtype is for quantised decoders, {config.family} is {kind}: leave it out", "kv_cache_dtype"
+        )
+    if dtype is None and not isinstance(config, Seq2SeqConfig):
+        dtype = "float32"
+    name = dtype_name(dtype, device)
+    return Precision("none", name, name, False, f"{kind} is computed as it is")
+
+
 def load_decoder(
     directory: Any, config: DecoderConfig, dtype: torch.dtype, device: str = "cpu", weights: Any = None
 ) -> Decoder:
@@ -127,7 +203,7 @@ def load_decoder(
 def build_runner(
     reference: str,
     directory: Path,
-    config: DecoderConfig,
+    config: WriterConfig,
     precision: Precision,
     *,
     device: str = "cpu",
@@ -141,12 +217,14 @@ def build_runner(
 
 
 def build_model(
-    reference: str, directory: Path, config: DecoderConfig, precision: Precision, *, device: str = "cpu"
-) -> Decoder | FusedDecoder:
+    reference: str, directory: Path, config: WriterConfig, precision: Precision, *, device: str = "cpu"
+) -> Writer:
     """Load the weights into the loops that `precision` names."""
     need_memory(config, precision)
-    model: Decoder | FusedDecoder
-    if precision.fused:
+    model: Writer
+    if not isinstance(config, DecoderConfig):
+        model = _load_as_it_is(directory, precision, device)
+    elif precision.fused:
         model = _load_fused(reference, directory, config, precision)
     else:
         import torch
@@ -158,6 +236,20 @@ def build_model(
         model = load_decoder(directory, config, dtype, device, _dequantised(weights, precision, config.tied_embeddings))
         pack_linear_layers(model)
     return_free_memory()
+    return model
+
+
+def _load_as_it_is(directory: Path, precision: Precision, device: str) -> EncoderDecoder | LSTMLanguageModel:
+    import torch
+
+    from bimo.engine.packing import pack_linear_layers
+    from bimo.models.recurrent import LSTMLanguageModel
+    from bimo.models.seq2seq import EncoderDecoder
+
+    model = load_model(directory, getattr(torch, precision.dtype)).to(device).requires_grad_(False)
+    assert isinstance(model, EncoderDecoder | LSTMLanguageModel)
+    if isinstance(model, EncoderDecoder):
+        pack_linear_layers(model)
     return model
 
 
@@ -177,7 +269,7 @@ def _load_fused(reference: str, directory: Path, config: DecoderConfig, precisio
     return FusedDecoder(config, packed, cache_dtype=precision.cache_dtype)
 
 
-def need_memory(config: DecoderConfig, precision: Precision) -> None:
+def need_memory(config: WriterConfig, precision: Precision) -> None:
     """Refuse a model whose weights do not fit into the free memory: need, have, and what would help."""
     bits = QUANT_BITS[precision.quant] if precision.fused else 8.0 * NUMBER_BYTES[precision.dtype]
     largest = config.vocab_size * config.hidden_size * 4 * 2  # a tensor on its way, plain and quantised
@@ -185,7 +277,8 @@ def need_memory(config: DecoderConfig, precision: Precision) -> None:
     if free is None or needed <= free:
         return
     mend = "end other programs, or take a smaller model (`bimo models`)"
-    if precision.quant != "int4" and config.num_parameters * QUANT_BITS["int4"] / 8 + largest <= free:
+    can_shrink = isinstance(config, DecoderConfig) and precision.quant != "int4"
+    if can_shrink and config.num_parameters * QUANT_BITS["int4"] / 8 + largest <= free:
         mend = 'give --quant int4 (quant="int4" in Python), or ' + mend
     raise UsageError(
         f"the model's {config.num_parameters / 1e9:.2f} billion weights need {needed >> 20} MB in {precision.name}, "
@@ -229,10 +322,11 @@ def _dequantised(weights: Iterator[Any], precision: Precision, tied: bool) -> It
         yield name, weight.dequantise(dtype) if isinstance(weight, QuantisedWeight) else weight
 
 
-def _num_blocks(config: DecoderConfig, dtype: str, tokens: int | None, context: int) -> int:
+def _num_blocks(config: WriterConfig, dtype: str, tokens: int | None, context: int) -> int:
     """Blocks of KV cache. Asked for: exactly that. Else what KV_CACHE_BYTES holds, within half of the free memory,
-    and no more than 64 full contexts could use."""
-    per_block = bytes_per_token(config, dtype) * BLOCK_SIZE
+    and no more than 64 full contexts (of an encoder-decoder: sources and answers) could use."""
+    per_block = bytes_per_block(config, dtype, BLOCK_SIZE)
+    contexts = 128 if isinstance(config, Seq2SeqConfig) else 64
     if tokens is not None:
         if tokens < BLOCK_SIZE:
             raise UsageError(f"kv_cache_tokens must be at least {BLOCK_SIZE}, not {tokens}", "kv_cache_tokens")
@@ -245,4 +339,4 @@ def _num_blocks(config: DecoderConfig, dtype: str, tokens: int | None, context: 
             )
         return -(-tokens // BLOCK_SIZE)
     budget = min(KV_CACHE_BYTES, (available_memory() or KV_CACHE_BYTES * 2) // 2)
-    return max(min(budget // per_block, 64 * -(-context // BLOCK_SIZE)), 4)
+    return max(min(budget // per_block, contexts * -(-context // BLOCK_SIZE)), 4)

@@ -27,6 +27,8 @@ __all__ = ["Completion", "Model", "Timings", "load"]
 
 DEFAULT_MAX_TOKENS = 512  # a small model may never stop by itself; finish_reason says "length" then
 CHAT_DEFAULTS = {"temperature": 0.7, "top_p": 0.9}  # what chat models are usually sampled with
+# Any of these says that an encoder-decoder's answer shall be drawn; else it is the likeliest: a translation, a summary.
+DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "n", "best_of", "num_beams", "penalty_alpha")
 
 Messages = Sequence[Mapping[str, Any]]
 _FIELDS = {f.name for f in dataclasses.fields(SamplingParams)} | {"truncate_prompt", "constraint"}
@@ -106,7 +108,7 @@ class Model:
         return self.backend.tokenizer
 
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Completion | list[Completion]:
-        """Continue a text (or token ids); a list when n > 1.
+        """Continue a text (or token ids), or with an encoder-decoder answer it; a list when n > 1.
 
         Raises UsageError (a wrong argument), ContextLengthError (prompt too long), EngineError.
         """
@@ -178,11 +180,20 @@ class Model:
 
     def _request(self, prompt: Any, sampling: dict[str, Any]) -> Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if self.backend.info().reads_source and not any(name in sampling for name in DRAWN):
+            sampling = {"temperature": 0, **sampling}
         return _make_request(ids, sampling)
 
     def _chat_request(self, messages: Any, tools: Any, sampling: dict[str, Any]) -> Request:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        info = self.backend.info()
+        if info.reads_source:
+            raise UsageError(
+                f"{info.model} is an encoder-decoder ({info.architecture}), which answers one text and not a "
+                "conversation: give the text alone, to `generate`",
+                "messages",
+            )
         from bimo.tokenizer.chat import chat_stop, encode_chat  # jinja2: 20 ms that plain generation need not wait for
 
         ids = encode_chat(self.tokenizer, list(messages), tools=tools)

@@ -114,6 +114,7 @@ class LocalBackend:
             dtype=precision.name if precision else cache.dtype,
             quant=precision.quant if precision else "none",
             cache_dtype=cache.dtype,
+            reads_source=self.engine.start_token_id is not None,
             device=cache.device,
             kv_cache_tokens=cache.num_blocks * cache.block_size,
         )
@@ -153,12 +154,19 @@ class LocalBackend:
         dtype_name(dtype, device)  # a wrong name is told before anything is fetched
         directory = resolve(reference, progress=progress)
         tokenizer = _begin(lambda: Tokenizer.from_directory(directory))  # 0.15 s, most of it beside the imports
-        from bimo.backends.build import build_model, build_runner, choose_precision
+        from bimo.backends.build import build_model, build_runner, choose_precision, read_rules, read_writer_config
         from bimo.engine.drafting import check_vocabularies
         from bimo.engine.engine import Engine, EngineConfig
         from bimo.formats.huggingface import read_config
+        from bimo.models.config import DecoderConfig, Seq2SeqConfig
 
-        config = read_config(directory)
+        config = read_writer_config(reference, directory)
+        rules = read_rules(directory, config)
+        if draft_model and not isinstance(config, DecoderConfig):
+            raise UsageError(
+                f"a draft model guesses for a decoder, {reference} is none ({config.family}): leave draft_model out",
+                "draft_model",
+            )
         precision = choose_precision(config, quant=quant, dtype=dtype, cache_dtype=kv_cache_dtype, device=device)
         draft = resolve(draft_model, progress=progress) if draft_model else None
         context = min(context_length or config.max_positions, config.max_positions)
@@ -180,8 +188,13 @@ class LocalBackend:
                 max_batch=max_batch,
                 max_step_tokens=max(max_step_tokens, max_batch),
                 max_prefill_tokens=2 * max_step_tokens,
+                first_token_id=rules.first_token_id,
+                banned_token_ids=rules.banned_token_ids,
             )
-            return Engine(runner, tokenizer.result(), limits, drafter)
+            words = tokenizer.result()
+            if isinstance(config, Seq2SeqConfig):
+                words = words.ending_with(config.eos_token_id)
+            return Engine(runner, words, limits, drafter)  # type: ignore[arg-type]  # of a decoder's config
 
         return cls(build, model=str(reference), precision=precision)
 

@@ -125,10 +125,17 @@ def chat(
     loaded = options.load_model(
         model, dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype, speculation=speculation, draft_model=draft_model
     )
+    info = loaded.backend.info()
+    if info.reads_source:
+        loaded.close()
+        raise UsageError(
+            f"{info.model} is an encoder-decoder ({info.architecture}), which answers one text and not a "
+            f"conversation: bimo generate {model} --prompt TEXT",
+            "model",
+        )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     say: Callable[[str], None] = typer.echo if interactive else lambda text: typer.echo(text, err=True)
     if interactive:
-        info = loaded.backend.info()
         say(f"{info.model}, {info.dtype}, context of {info.context_length} tokens. /help lists the commands.")
     try:
         for message in _messages(interactive):

@@ -1,4 +1,4 @@
-"""`bimo generate`: continue one text and print what the model adds."""
+"""`bimo generate`: continue one text and print what the model adds; an encoder-decoder answers it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ DEFAULT_MAX_TOKENS = 256
 
 def generate(
     model: options.ModelArgument,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue; else standard input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text to continue or answer; else standard input.")
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a chat message, through the model's template.")
     ] = False,
@@ -67,7 +69,7 @@ def generate(
         ),
     ] = False,
 ) -> None:
-    """Continue a text, or answer it with --chat."""
+    """Continue a text, or answer it: with --chat, or by an encoder-decoder (a translation, a summary)."""
     from bimo.errors import UsageError
 
     prompt = options.checked_text(prompt, "prompt") if prompt is not None else options.read_stdin("prompt")

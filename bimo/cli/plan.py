@@ -74,6 +74,12 @@ def plan(
     from bimo.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or []) if recipe else None
+    if loaded and loaded.model.kind != "decoder":
+        raise UsageError(
+            f"the laws behind this advice were measured on decoders, {recipe} is of kind {loaded.model.kind}: "
+            f"plan with a recipe of a decoder",
+            "recipe",
+        )
     size = _text(loaded, data, tokens)
     planner = _measured(loaded, size)
     own = planner.plan(loaded.model, loaded.training.steps * loaded.training.batch_tokens, loaded.training) if (
@@ -105,7 +111,7 @@ def _check(hours: float | None, loss: float | None, data: Path | None, tokens: i
 
 def _measured(recipe: Recipe | None, size: DataSize) -> Planner:
     """The planner for this machine and the recipe's vocabulary and rows."""
-    from bimo.cli.stages import decoder_config
+    from bimo.training.build import decoder_config
     from bimo.training.plan import Planner, measure_throughput
 
     vocab_size = recipe.tokenizer.vocab_size if recipe else VOCAB_SIZE

@@ -12,7 +12,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 Stage = Literal["data", "tokenizer", "training", "report"]
+NEXT = {"decoder": "talk to it: bimo chat", "lstm": "go on with it: bimo generate", "seq2seq": "use it: bimo generate"}
 EVERY = 10.0  # seconds between lines where there is no terminal
 
 
@@ -53,10 +54,11 @@ def run(
     if executor not in EXECUTORS:
         raise UsageError(f"--executor is one of {', '.join(EXECUTORS)}, not {executor!r}", "executor")
     loaded = load_recipe(recipe, overrides or [])
-    if until in ("training", "report") and loaded.tokenizer.kind == "wordpiece":
+    wordpiece = loaded.tokenizer.kind == "wordpiece"
+    if until in ("training", "report") and wordpiece != (loaded.model.kind == "encoder"):
+        fits = "wordpiece" if loaded.model.kind == "encoder" else "bpe or unigram"
         raise UsageError(
-            'a wordpiece tokenizer is for encoders, this model generates text: set tokenizer.kind to "bpe"',
-            "tokenizer",
+            f"a model of kind {loaded.model.kind} needs tokenizer.kind {fits}, not {loaded.tokenizer.kind}", "tokenizer"
         )
     folder, ranks = run_folder(loaded, out), ranks_of_process()
     if ranks.world_size > 1:
@@ -68,18 +70,24 @@ def run(
         trained = _train(loaded, folder, texts, ranks) if texts else {}
     result: dict[str, Any] = {"run": str(folder), "manifest": str(folder / "data" / "manifest.html"), **trained}
     if until == "report":
-        result["report"] = str(_report(loaded, folder))
+        result |= _report(loaded, folder)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
-    scores = result.pop("bits_per_byte", {})
+    scores = result.pop("scores", {})
     for key, value in result.items():
-        typer.echo(f"{key:10} {value}")
-    if scores:
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        typer.echo(f"bits per byte of validation text: {shown}")
-    if until in ("training", "report"):
-        typer.echo(f"talk to it: bimo chat {result['model']}")
+        if not isinstance(value, dict):
+            typer.echo(f"{key:10} {value}")
+    for name, shown in _by_figure(scores).items():
+        typer.echo(f"{name.replace('_', ' ')} of validation text: {shown}")
+    if unigrams := result.get("unigram_accuracy"):
+        typer.echo(f"the most frequent word, always: {_listed(unigrams)}")
+    if ngrams := result.get("ngram_bits_per_byte"):
+        typer.echo(f"bits per byte of an n-gram model: {_listed(ngrams)}")
+    for name, figures in result.get("translation", {}).items():
+        typer.echo(f"held-out pairs, {name}: BLEU {figures['bleu']:.1f}, chrF {figures['chrf']:.1f}")
+    if until in ("training", "report") and (hint := NEXT.get(loaded.model.kind)):
+        typer.echo(f"{hint} {result['model']}")
 
 
 def _prepare(recipe: Recipe, folder: Path, until: Stage, workers: int | None, executor: str) -> Texts | None:
@@ -119,26 +127,24 @@ def _together(recipe: Recipe, folder: Path, ranks: Ranks, prepare: Callable[[], 
 
 def _train(recipe: Recipe, folder: Path, texts: Texts, ranks: Ranks) -> dict[str, Any]:
     """The training stage; nothing to do when the model is there and was made by this recipe from these texts."""
-    from bimo.cli.stages import decoder_config
-    from bimo.models.decoder import Decoder
-    from bimo.models.initial import init_weights
-    from bimo.objectives.causal import causal_loss
+    from bimo.objectives.kinds import make_objective
     from bimo.recipe import save_recipe
+    from bimo.training.build import build_model, model_config
     from bimo.training.distributed import anywhere, from_main, training_device
     from bimo.training.session import finished, train_run
 
     tell: Callable[[str], None] = _tell if ranks.is_main else lambda text: None
     lineage = from_main(ranks, lambda: finished(recipe, folder, texts))
     if lineage is None:
-        config = decoder_config(recipe.model, texts.tokenizer.vocab_size)
-        decoder = Decoder(config)
-        init_weights(decoder, recipe.seed)
-        decoder.to(training_device(ranks))
+        objective, make_loader = make_objective(recipe, texts.tokenizer)
+        config = model_config(recipe.model, recipe.objective, texts.tokenizer)
+        model = build_model(config, recipe.seed).to(training_device(ranks))
         tokens = sum(len(file.tokens) for file in texts.train.values())
-        tell(f"{config.num_parameters / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens of text, "
+        size = sum(weight.numel() for weight in model.parameters())
+        tell(f"{size / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens of text, "
              f"{recipe.training.steps} steps of {recipe.training.batch_tokens} tokens"
              + (f", {ranks.world_size} processes" if ranks.world_size > 1 else ""))  # fmt: skip
-        events = train_run(recipe, folder, decoder, causal_loss, texts, tell, ranks)
+        events = train_run(recipe, folder, model, objective, texts, tell, ranks, make_loader)
         display = _display(recipe.training.steps) if ranks.is_main else contextlib.nullcontext(lambda event: None)
         with display as show, _interruptible(ranks) as interrupted, contextlib.closing(events):
             for event in events:
@@ -150,7 +156,20 @@ def _train(recipe: Recipe, folder: Path, texts: Texts, ranks: Ranks) -> dict[str
         lineage = from_main(ranks, lambda: finished(recipe, folder, texts)) or {}
     if ranks.is_main:
         save_recipe(recipe, folder / "recipe.toml")
-    return {"model": str(folder / "model"), "bits_per_byte": lineage.get("bits_per_byte", {})}
+    return {"model": str(folder / "model"), "scores": lineage.get("scores", {})}
+
+
+def _by_figure(scores: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """{"bits_per_byte": "zh 2.069, en 1.667"} of figures by language."""
+    names = dict.fromkeys(name for figures in scores.values() for name in figures)
+    return {
+        name: _listed({language: figures[name] for language, figures in scores.items() if name in figures})
+        for name in names
+    }
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
 def _tell(text: str) -> None:
@@ -200,8 +219,9 @@ def _display(steps: int) -> Iterator[Any]:
     def show(event: StepInfo | Evaluation) -> None:
         nonlocal told, average
         if isinstance(event, Evaluation):
-            shown = "  ".join(f"{name} {score.bits_per_byte:.3f}" for name, score in event.scores.items())
-            console.print(f"step {event.step}: validation bits per byte  {shown}{'  (best)' if event.best else ''}")
+            figures = _by_figure({name: score.figures for name, score in event.scores.items()})
+            shown = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
+            console.print(f"step {event.step}: validation {shown}{'  (best)' if event.best else ''}")
             return
         average = event.loss if average is None else 0.95 * average + 0.05 * event.loss
         words = f"loss {average:.3f}  {event.num_tokens / event.seconds:,.0f} tokens/s"
@@ -214,19 +234,12 @@ def _display(steps: int) -> Iterator[Any]:
         yield show
 
 
-def _report(recipe: Recipe, folder: Path) -> Path:
-    """report.html: curves, scores, samples."""
-    import bimo
-    from bimo.evaluation.run_report import Sample, write_report
+def _report(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """report.html: curves, scores, samples, simpler models beside it. Its path, and the figures of those."""
+    from bimo.cli.results import gather
+    from bimo.cli.terminal import progress_display
+    from bimo.evaluation.run_report import write_report
 
-    samples = []
-    wishes = recipe.report
-    if wishes.prompts or wishes.questions:
-        with bimo.load(str(folder / "model")) as model:
-            for prompt in wishes.prompts:
-                answer = model.generate(prompt, max_tokens=wishes.max_tokens, temperature=0.7, seed=recipe.seed)
-                samples.append(Sample("text", prompt, str(answer)))
-            for question in wishes.questions:
-                answer = model.chat(question, max_tokens=wishes.max_tokens, temperature=0)
-                samples.append(Sample("chat", question, str(answer)))
-    return write_report(folder, recipe, samples)
+    with progress_display() as progress:
+        results = gather(recipe, folder, progress)
+    return {"report": str(write_report(folder, recipe, results.samples, results.tables)), **results.figures}

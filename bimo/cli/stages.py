@@ -12,6 +12,7 @@ folder/recipe.toml   the recipe with all its defaults
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,16 +23,15 @@ from bimo.data.documents import read_documents
 from bimo.data.pipeline import Prepared, prepare
 from bimo.data.records import Document
 from bimo.errors import DataError
-from bimo.recipe import ModelRecipe, Recipe
+from bimo.recipe import Recipe
 from bimo.registries.trouble import Progress
 
 if TYPE_CHECKING:
     from bimo.data.shards import TokenFile
-    from bimo.models.config import DecoderConfig
     from bimo.tokenizer.load import Tokenizer
     from bimo.training.session import Texts
 
-__all__ = ["decoder_config", "make_tokenizer", "make_tokens", "prepare_data", "run_folder"]
+__all__ = ["make_tokenizer", "make_tokens", "prepare_data", "run_folder"]
 
 LANGUAGES = ("zh", "en")  # validated apart; all others together
 
@@ -71,15 +71,18 @@ def make_tokenizer(recipe: Recipe, folder: Path, prepared: Prepared, progress: P
     """The tokenizer under folder/tokenizer, learned from the training documents."""
     from bimo.data.shards import fingerprint
     from bimo.tokenizer.load import Tokenizer
-    from bimo.tokenizer.train import save_tokenizer, train_tokenizer
+    from bimo.tokenizer.train import SEQ2SEQ_TOKENS, save_tokenizer, train_tokenizer
 
     place = folder / "tokenizer"
-    mark = fingerprint(recipe.tokenizer.model_dump(), prepared.manifest["mark"])
+    extra = SEQ2SEQ_TOKENS if recipe.model.kind == "seq2seq" else ()
+    mark = fingerprint(recipe.tokenizer.model_dump(), extra, prepared.manifest["mark"])
     stamp = place / ".made-from"
     if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == mark):
         kind, size = recipe.tokenizer.kind, recipe.tokenizer.vocab_size
         progress("learning the tokenizer", 0, 0)
-        backend = train_tokenizer(_sample(prepared, recipe.tokenizer.sample_bytes), kind=kind, vocab_size=size)
+        backend = train_tokenizer(
+            _sample(prepared, recipe.tokenizer.sample_bytes), kind=kind, vocab_size=size, extra=extra
+        )
         shutil.rmtree(place, ignore_errors=True)
         save_tokenizer(backend, place, model_max_length=recipe.model.context_length)
         stamp.write_text(mark, encoding="utf-8")
@@ -98,10 +101,13 @@ def _sample(prepared: Prepared, num_bytes: int) -> Iterator[str]:
 
 def make_tokens(recipe: Recipe, folder: Path, prepared: Prepared, tokenizer: Tokenizer, progress: Progress) -> Texts:
     """Token files under folder/tokens: training by source, validation by language."""
-    from bimo.data.shards import fingerprint
+    from bimo.data.pairs import encode_pairs
+    from bimo.data.shards import TokenFile, encode_documents, fingerprint, write_tokens
     from bimo.training.session import Texts
 
-    mark = fingerprint(tokenizer.directory / "tokenizer.json", prepared.manifest["mark"])
+    pairs, longest = recipe.objective_kind == "seq2seq", recipe.model.context_length
+    mark = fingerprint(tokenizer.directory / "tokenizer.json", prepared.manifest["mark"], pairs and longest)
+    refused: Counter[str] = Counter()
     total = sum(part["characters"] for part in prepared.manifest["parts"])
     done = 0
 
@@ -113,12 +119,15 @@ def make_tokens(recipe: Recipe, folder: Path, prepared: Prepared, tokenizer: Tok
             progress("tokenising", done, total)
 
     def tokens(name: str, documents: Iterator[Document]) -> TokenFile:
-        from bimo.data.shards import TokenFile, encode_documents, write_tokens
-
         place = folder / "tokens" / name
         if TokenFile.is_whole(place, mark):
             return TokenFile.open(place)
-        encoded = encode_documents(counted(documents), tokenizer)
+        if pairs:
+            encoded = encode_pairs(
+                counted(documents), tokenizer, max_tokens=longest, refuse=lambda reason: refused.update([reason])
+            )
+        else:
+            encoded = encode_documents(counted(documents), tokenizer)
         return write_tokens(place, encoded, vocab_size=tokenizer.vocab_size, mark=mark)
 
     train, validation = {}, {}
@@ -134,23 +143,6 @@ def make_tokens(recipe: Recipe, folder: Path, prepared: Prepared, tokenizer: Tok
         file = tokens(f"validation-{language}", documents)
         if len(file.tokens):
             validation[language] = file
+    for reason, count in refused.items():
+        typer.echo(f"{count} documents are not used: {reason}", err=True)
     return Texts(train, validation, tokenizer)
-
-
-def decoder_config(recipe: ModelRecipe, vocab_size: int) -> DecoderConfig:
-    """A decoder of Llama's shape. An MLP that was not given is 8/3 of hidden_size wide, in whole 64s (SwiGLU)."""
-    from bimo.models.config import DecoderConfig
-
-    heads = recipe.heads
-    return DecoderConfig(
-        family="llama",
-        vocab_size=vocab_size,
-        hidden_size=recipe.hidden_size,
-        num_layers=recipe.num_layers,
-        num_heads=heads,
-        num_kv_heads=recipe.num_kv_heads or heads,
-        head_dim=recipe.hidden_size // heads,
-        intermediate_size=recipe.intermediate_size or -(-recipe.hidden_size * 8 // 3 // 64) * 64,
-        max_positions=recipe.context_length,
-        dropout=recipe.dropout,
-    )

@@ -17,7 +17,7 @@ from functools import lru_cache
 from html.entities import html5
 from typing import Any
 
-__all__ = ["REWRITES", "Rewrite", "full_width", "markup", "mojibake", "simplified", "unicode"]
+__all__ = ["REWRITES", "Rewrite", "full_width", "markup", "mojibake", "notices", "simplified", "unicode"]
 
 Rewrite = Callable[[str], str]
 
@@ -149,8 +149,15 @@ def markup(text: str) -> str:
             untagged = _untag(text)
         if untagged != text:
             text = BLANK_LINES.sub("\n\n", untagged).strip("\n")
+    return notices(text)
+
+
+def notices(text: str) -> str:
+    """What `markup` does to texts of web pages and Word files: a parser took their tags, those left are meant."""
     without = NOTICE.sub("", text)
-    return without if without.strip() else text
+    if without == text or not without.strip():
+        return text
+    return without.strip("\n")
 
 
 def _untag(text: str) -> str:

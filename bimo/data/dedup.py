@@ -30,7 +30,7 @@ SEED = 20_240_601
 UNSIGNED = np.uint64
 # odd and random: one multiplier for each place of a shingle
 MULTIPLIERS = np.random.default_rng(SEED).integers(0, 2**63, SHINGLE, dtype=UNSIGNED) * UNSIGNED(2) + UNSIGNED(1)
-CHUNK = 1 << 16  # pairs whose signatures are compared at once: 64 MB
+CHUNK = 1 << 13  # pairs whose signatures are compared at once: 8 MB
 
 
 def exact_key(text: str) -> int:
@@ -79,7 +79,7 @@ def find_duplicates(
     """For each document the index of the first document of its group of copies, or -1 for that first and all others.
 
     A group holds what is connected: where A is like B and B like C, only A stays, even if A and C differ.
-    With a threshold of 1 only equal keys count. Memory beside the arguments: some 100 bytes a document, and 64 MB.
+    With a threshold of 1 only equal keys count. Memory beside the arguments: some 100 bytes a document, and 8 MB.
     """
     if not 0 < threshold <= 1:
         raise UsageError(f"a similarity from which texts are copies lies in (0, 1], not {threshold}", "near_duplicates")

@@ -19,7 +19,7 @@ from bimo.errors import DataError
 
 __all__ = ["COLUMNS", "DocumentWriter", "read_documents"]
 
-COLUMNS = ("id", "source", "language", "title", "text", "messages")
+COLUMNS = ("id", "source", "language", "title", "text", "group", "messages")
 GROUP_CHARACTERS = 4_000_000  # of a row group
 BATCH = 512  # documents made of one at a time
 
@@ -83,9 +83,9 @@ def read_documents(files: Iterable[Path]) -> Iterator[Document]:
 
     for path in files:
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # no threads, whose buffers stay
                 for group in range(file.num_row_groups):  # batches over several would hold more of them at once
-                    for batch in file.iter_batches(BATCH, [group], list(COLUMNS)):
+                    for batch in file.iter_batches(BATCH, [group], list(COLUMNS), use_threads=False):
                         for row in batch.to_pylist():
                             messages = tuple(Message(**message) for message in row.pop("messages"))
                             yield Document(**row, messages=messages)

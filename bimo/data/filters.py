@@ -26,7 +26,7 @@ from bimo.data.records import Document
 from bimo.errors import UsageError
 from bimo.recipe import CleanRecipe
 
-__all__ = ["Filter", "make_filters"]
+__all__ = ["Filter", "base_code", "make_filters", "untranslated"]
 
 Filter = Callable[[Document], str | None]
 """Gives the reason to drop a document (a fixed phrase, to be counted), or None."""
@@ -56,7 +56,7 @@ def make_filters(clean: CleanRecipe) -> list[tuple[str, Filter]]:
     if clean.min_chars:
         filters.append(("min_chars", partial(_too_short, clean.min_chars)))
     if clean.languages:
-        codes = frozenset(_base(code) for code in clean.languages)
+        codes = frozenset(base_code(code) for code in clean.languages)
         filters.append(("languages", partial(_other_language, codes)))
     if clean.quality:
         filters.append(("quality", _poor))
@@ -67,8 +67,8 @@ def make_filters(clean: CleanRecipe) -> list[tuple[str, Filter]]:
     return filters
 
 
-def _base(code: str) -> str:
-    """ "zh-Hant" and "zh_CN" are "zh"."""
+def base_code(code: str) -> str:
+    """The language that a code names: "zh" for "zh-Hant" and "zh_CN"."""
     return re.split("[-_]", code.lower(), maxsplit=1)[0]
 
 
@@ -80,7 +80,7 @@ def _too_short(min_chars: int, document: Document) -> str | None:
 
 
 def _other_language(codes: frozenset[str], document: Document) -> str | None:
-    code = _base(document.language) or identify(document.text)
+    code = base_code(document.language) or identify(document.text)
     return None if code in codes else "another language" if code else "no language"
 
 
@@ -111,6 +111,12 @@ def _poor(document: Document) -> str | None:
     )
 
 
+def untranslated(document: Document) -> str | None:
+    """Of a source of translations: whether both turns are the same text, letters and digits compared."""
+    first, *others = ("".join(filter(str.isalnum, message.content.lower())) for message in document.messages)
+    return "both languages have the same text" if first in others else None
+
+
 def _repeats(text: str) -> bool:
     plain = text[:COMPRESSED].encode("utf-8", "replace")
     return len(plain) >= MIN_COMPRESSED and len(zlib.compress(plain, 1)) < MIN_RATIO * len(plain)
@@ -138,7 +144,11 @@ def _poor_words(text: str, latin: int, han: int, kana: int, language: str) -> st
     words = text.split()
     if not 2.5 <= latin / len(words) <= 15:  # Gopher's 3 to 10, wider for German, Finnish and code
         return "words of an odd length"
-    if len(words) >= MIN_WORDS and len(STOP_EN.intersection(words)) < 2 and (_base(language) or identify(text)) == "en":
+    if (
+        len(words) >= MIN_WORDS
+        and len(STOP_EN.intersection(words)) < 2
+        and (base_code(language) or identify(text)) == "en"
+    ):
         return "no function words"
     return None
 

@@ -171,8 +171,12 @@ def _latin(sample: str, letters: int) -> str:
     return _ask_model(sample)
 
 
+CHINESE = ("wuu", "yue")  # what the model hears in a page of technical Chinese that is mostly Latin letters
+
+
 def _ask_model(sample: str) -> str:
-    return str(_model().classify(sample[:MODEL_SAMPLE])[0])
+    code = str(_model().classify(sample[:MODEL_SAMPLE])[0])
+    return "zh" if code in CHINESE else code
 
 
 @lru_cache(maxsize=1)

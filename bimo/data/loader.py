@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,17 @@ from numpy.typing import NDArray
 from bimo.data.shards import TokenFile
 from bimo.errors import UsageError
 
-__all__ = ["IGNORED", "Batch", "PackedLoader"]
+__all__ = ["IGNORED", "Batch", "Origin", "PackedLoader", "RowLoader"]
 
 IGNORED = -100  # a target that is not predicted
+
+
+class Origin(NamedTuple):
+    """Where a row is from: the number of its file, its place there, and how often the file was read before."""
+
+    file: int
+    row: int
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -35,14 +43,19 @@ class Batch:
     """B rows of T tokens. All int64 (B, T).
 
     targets: the next token, or IGNORED. segments: 0, 1, ... for the documents of a row. positions: in the document.
-    origins: (file, row in it) of each row; `PackedLoader.provenance` puts it into words.
+    origins: of each row; `RowLoader.provenance` puts them into words.
     """
 
     input_ids: NDArray[np.int64]
     targets: NDArray[np.int64]
     positions: NDArray[np.int64]
     segments: NDArray[np.int64]
-    origins: tuple[tuple[int, int], ...]
+    origins: tuple[Origin, ...]
+
+    is_text: ClassVar[bool] = True  # the targets are all of a text, so that bits per byte can be told
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
 
     def rows(self, part: slice) -> Batch:
         """Some of its rows."""
@@ -55,9 +68,20 @@ class Batch:
     def num_targets(self) -> int:
         return int((self.targets != IGNORED).sum())
 
+    def idle(self) -> Batch:
+        """One row of this batch's length of which nothing is predicted."""
+        zeros = np.zeros((1, self.input_ids.shape[1]), np.int64)
+        return Batch(zeros, np.full_like(zeros, IGNORED), np.arange(zeros.shape[1])[None], zeros, ())
 
-class PackedLoader:
-    """An endless, resumable stream of rows. `shuffle=False`: in the files' order, once round after the other."""
+
+class RowLoader:
+    """An endless, resumable stream of rows, the order of any loader. `shuffle=False`: in the files' order, once round
+    after the other.
+
+    A subclass says how many rows a file has (`rows_in`), which tokens are a row's (`span`), and what a batch of rows is
+    (`batch`). What it draws by chance comes from `draws`, so that a row is the same whoever reads it, and another one
+    in the next epoch.
+    """
 
     def __init__(
         self,
@@ -69,7 +93,7 @@ class PackedLoader:
         shuffle: bool = True,
     ) -> None:
         self.files, self.length, self.seed, self.shuffle = files, length, seed, shuffle
-        self.num_rows = [max(0, len(file.tokens) - 1) // length for file in files]
+        self.num_rows = [self.rows_in(file) for file in files]
         weighted = np.array(weights or [1.0] * len(files)) * self.num_rows
         if not weighted.sum():
             most = max((len(file.tokens) for file in files), default=0)
@@ -96,32 +120,46 @@ class PackedLoader:
         """How often the text was read so far."""
         return sum(self.taken) / max(1, sum(self.num_rows))
 
-    def next_batch(self, num_rows: int, *, rank: int = 0, world_size: int = 1) -> Batch:
-        """The next rows. All processes call it alike; each gets every `world_size`-th row, from `rank` on."""
-        origins = [self._next_origin() for _ in range(num_rows)][rank::world_size]
-        return self.batch(origins)
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row, on average: a step has batch_tokens / row_tokens rows."""
+        return self.length
 
-    def batch(self, origins: Sequence[tuple[int, int]]) -> Batch:
+    def rows_in(self, file: TokenFile) -> int:
+        raise NotImplementedError
+
+    def span(self, file: TokenFile, row: int) -> tuple[int, int]:
+        """The tokens [start, end) of the file that a row is made of."""
+        raise NotImplementedError
+
+    def batch(self, origins: Sequence[Origin]) -> Any:
         """The rows that `origins` name."""
-        input_ids, targets, positions, segments = (np.empty((len(origins), self.length), np.int64) for _ in range(4))
-        for index, (number, row) in enumerate(origins):
-            places = (input_ids[index], targets[index], positions[index], segments[index])
-            self._fill(self.files[number], row * self.length, *places)
-        return Batch(input_ids, targets, positions, segments, tuple(origins))
+        raise NotImplementedError
 
-    def provenance(self, batch: Batch) -> list[str]:
+    def next_batch(self, num_rows: int, *, rank: int = 0, world_size: int = 1) -> Any:
+        """The next rows. All processes call it alike; each gets every `world_size`-th row, from `rank` on."""
+        return self.batch(self.arrange([self._next_origin() for _ in range(num_rows)])[rank::world_size])
+
+    def arrange(self, origins: list[Origin]) -> list[Origin]:
+        """The order in which a batch's rows are computed."""
+        return origins
+
+    def draws(self, origin: Origin) -> np.random.Generator:
+        """Random numbers of a row's own."""
+        return np.random.default_rng((self.seed, *origin))
+
+    def provenance(self, batch: Any) -> list[str]:
         """The documents a batch's rows were cut from."""
         names = []
-        for number, row in batch.origins:
-            file = self.files[number]
-            first, last = np.searchsorted(file.ends, [row * self.length, (row + 1) * self.length], side="right")
-            shown = [
-                file.document_id(index) for index in dict.fromkeys((int(first), min(int(last), len(file.ends) - 1)))
-            ]
-            names.append(" to ".join(shown))
+        for origin in batch.origins:
+            file = self.files[origin.file]
+            start, end = self.span(file, origin.row)
+            first, last = np.searchsorted(file.ends, [start, end - 1], side="right")
+            shown = [file.document_id(index) for index in dict.fromkeys((int(first), int(last)))]
+            names.append(" to ".join(dict.fromkeys(shown)))
         return names
 
-    def _next_origin(self) -> tuple[int, int]:
+    def _next_origin(self) -> Origin:
         """The file that lags most behind its share, and its next row."""
         total = sum(self.taken) + 1
         lag = [share * total - taken for share, taken in zip(self.shares, self.taken, strict=True)]
@@ -129,12 +167,29 @@ class PackedLoader:
         epoch, place = divmod(self.taken[number], self.num_rows[number])
         self.taken[number] += 1
         if not self.shuffle:
-            return number, place
+            return Origin(number, place, epoch)
         kept = self._orders.get(number)
         if kept is None or kept[0] != epoch:
             order = np.random.default_rng((self.seed, number, epoch)).permutation(self.num_rows[number])
             kept = self._orders[number] = (epoch, order)
-        return number, int(kept[1][place])
+        return Origin(number, int(kept[1][place]), epoch)
+
+
+class PackedLoader(RowLoader):
+    """Rows of `length` consecutive tokens, and the token after each."""
+
+    def rows_in(self, file: TokenFile) -> int:
+        return max(0, len(file.tokens) - 1) // self.length
+
+    def span(self, file: TokenFile, row: int) -> tuple[int, int]:
+        return row * self.length, (row + 1) * self.length + 1
+
+    def batch(self, origins: Sequence[Origin]) -> Batch:
+        input_ids, targets, positions, segments = (np.empty((len(origins), self.length), np.int64) for _ in range(4))
+        for index, (number, row, _) in enumerate(origins):
+            places = (input_ids[index], targets[index], positions[index], segments[index])
+            self._fill(self.files[number], row * self.length, *places)
+        return Batch(input_ids, targets, positions, segments, tuple(origins))
 
     def _fill(self, file: TokenFile, start: int, ids: Any, targets: Any, positions: Any, segments: Any) -> None:
         row = file.tokens[start : start + self.length + 1].astype(np.int64)

@@ -38,6 +38,7 @@ __all__ = [
     "fill",
     "find_encoding",
     "html_encoding",
+    "html_paragraphs",
     "html_text",
     "json_rows",
     "needed",
@@ -317,6 +318,7 @@ BLOCKS = (
     "address, article, blockquote, body, center, dd, details, dialog, div, dl, dt, fieldset, figcaption, figure, "
     "h1, h2, h3, h4, h5, h6, hr, li, main, ol, p, pre, section, summary, table, tr, ul, caption, br"
 )
+PARAGRAPHS = "p, h1, h2, h3, h4, h5, h6, li, dt, dd, td, th, caption, figcaption, blockquote, pre, summary"
 BORDER, PRE_LINE, PRE_SPACE = "\ue000", "\ue001", "\ue002"  # private use: no text has them
 BETWEEN_HAN = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef])[ \t]*\r?\n\s*(?=[\u3000-\u9fff\uff00-\uffef])")
 
@@ -327,26 +329,34 @@ def html_encoding(head: bytes) -> str | None:
     return found[1].decode("ascii", "replace") if found else None
 
 
+def html_paragraphs(html: str) -> tuple[dict[str, str], str]:
+    """(texts by id, title): the page's paragraphs, headings, list entries and cells that have an id, each on one line.
+
+    Of those inside of others the inner ones count. What repeats an id is "id@2", "id@3", ... White space is one space.
+    """
+    root, name = _page(html)
+    if root is None:
+        return {}, name
+    texts: dict[str, str] = {}
+    times: dict[str, int] = {}
+    for node in root.css(PARAGRAPHS):
+        key = node.id
+        if not key or any(inner.id and inner != node for inner in node.css(PARAGRAPHS)):
+            continue
+        if text := " ".join(BETWEEN_HAN.sub("", node.text()).split()):
+            times[key] = times.get(key, 0) + 1
+            texts[key if times[key] == 1 else f"{key}@{times[key]}"] = text
+    return texts, name
+
+
 def html_text(html: str) -> tuple[str, str]:
     """(main text, title) of a page: each heading, paragraph, list entry and row of a table on its own line.
 
     Navigation, headers, footers, side columns, forms and scripts are left out.
     """
-    lexbor = needed("selectolax.lexbor", "selectolax", "reading HTML")
-    tree = lexbor.LexborHTMLParser(re.sub(f"[{BORDER}-{PRE_SPACE}\0]", "", html))
-    title = tree.css_first("title")
-    heading = tree.css_first("h1")
-    name = " ".join(
-        next((node.text() for node in (title, heading) if node is not None and node.text().strip()), "").split()
-    )
-    if tree.body is None:
+    root, name = _page(html)
+    if root is None:
         return "", name
-    for node in tree.body.css(NOT_TEXT):
-        # an article has a header of its own, with its heading
-        if node.tag != "header" or node.css_first("h1") is None:
-            node.decompose()
-    mains = [node for node in tree.body.css("main, [role=main]") if node.text().strip()]
-    root = mains[0] if len(mains) == 1 else tree.body
     for node in root.css("pre"):
         lines = node.text().strip("\n").replace("\n", PRE_LINE)
         node.replace_with(BORDER + re.sub(r"[ \t]", PRE_SPACE, lines) + BORDER)
@@ -358,6 +368,37 @@ def html_text(html: str) -> tuple[str, str]:
     lines = (" ".join(BETWEEN_HAN.sub("", line).split()) for line in root.text().split(BORDER))
     text = "\n".join(line for line in lines if line)
     return text.replace(PRE_LINE, "\n").replace(PRE_SPACE, " "), name
+
+
+def _page(html: str) -> tuple[Any, str]:
+    """(the node with the main text, title) of a page, without what is not text; (None, title) if it has no body."""
+    lexbor = needed("selectolax.lexbor", "selectolax", "reading HTML")
+    tree = lexbor.LexborHTMLParser(re.sub(f"[{BORDER}-{PRE_SPACE}\0]", "", html))
+    title = tree.css_first("title")
+    heading = tree.css_first("h1")
+    name = " ".join(
+        next((node.text() for node in (title, heading) if node is not None and node.text().strip()), "").split()
+    )
+    if tree.body is None:
+        return None, name
+    for node in tree.body.css("[hidden] + [hidden]:last-child"):
+        if _is_default(node):
+            del node.attrs["hidden"]
+    for node in tree.body.css(NOT_TEXT):
+        # an article has a header of its own, with its heading
+        if node.tag != "header" or node.css_first("h1") is None:
+            node.decompose()
+    mains = [node for node in tree.body.css("main, [role=main]") if node.text().strip()]
+    return mains[0] if len(mains) == 1 else tree.body, name
+
+
+def _is_default(node: Any) -> bool:
+    """Whether nothing stands beside it but hidden elements: a script shows the one that fits the reader, and the last
+    of them is for all whom no other fits."""
+    return all(
+        "hidden" in sibling.attributes if sibling.is_element_node else not sibling.text().strip()
+        for sibling in node.parent.iter(include_text=True)
+    )
 
 
 def pdf_pages(stream: IO[bytes], report: Callable[[str, int], None]) -> tuple[Iterator[str], str]:

@@ -26,7 +26,7 @@ import uuid
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,10 +34,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bimo.data import executors
-from bimo.data.clean import REWRITES
+from bimo.data.clean import REWRITES, notices
 from bimo.data.dedup import exact_key, find_duplicates, signature
 from bimo.data.documents import DocumentWriter, read_documents
-from bimo.data.filters import make_filters
+from bimo.data.filters import base_code, make_filters, untranslated
 from bimo.data.language import identify
 from bimo.data.manifest import Ledger
 from bimo.data.overlap import LeakCheck, tick
@@ -47,7 +47,7 @@ from bimo.data.records import Damage, Document, Message
 from bimo.data.segment import passages
 from bimo.data.shards import fingerprint
 from bimo.data.signatures import SignatureFile
-from bimo.data.sources import SourceFile, files_of
+from bimo.data.sources import SourceFile, files_of, kind_of
 from bimo.errors import DataError
 from bimo.recipe import DataRecipe, SourceRecipe
 from bimo.registries.trouble import Progress
@@ -58,6 +58,8 @@ UNIT_BYTES = 16 << 20  # of input; enough to make starting a unit cheap, little 
 WAYS = 1 << 32  # the validation split is drawn from a hash of this many values
 NOT_FOR_UNITS = {"exact_duplicates", "near_duplicates"}  # settings of later steps
 SPLITS = ("train", "validation")
+PARSED = ("html", "docx")  # kinds of files whose tags the reader has taken away
+KANJI = ("ja", "ko")  # written with characters that are no traditional Chinese, though they look like it
 EXACT, NEAR = 1, 2  # what step 2 says of a document; 0: it stays
 
 
@@ -224,7 +226,10 @@ def _units(recipe: DataRecipe, report: Progress) -> list[_Unit]:
     words = [_stat(file) for file in recipe.clean.toxic_words]
 
     def end(source: SourceRecipe, group: list[SourceFile], size: int) -> None:
-        files = [(file.name, file.member, file.start, file.end, *_stat(file.path)) for file in group]
+        files = [
+            (file.name, file.member, file.start, file.end, *_stat(file.path), file.twin and _stat(file.twin.path))
+            for file in group
+        ]
         mark = fingerprint(source.model_dump(exclude={"weight"}), clean, words, files)
         units.append(_Unit(len(units), source, tuple(group), size, mark, fingerprint(mark, *code)))
 
@@ -274,18 +279,25 @@ def _clean_unit(unit: _Unit, recipe: DataRecipe, work: Path) -> int:
 
 def _cleaned(unit: _Unit, recipe: DataRecipe, ledger: Ledger) -> Iterator[Document]:
     clean = recipe.clean
-    rewrites = [(name, rewrite) for name, rewrite in REWRITES.items() if getattr(clean, name)]
+    wanted = {name: rewrite for name, rewrite in REWRITES.items() if getattr(clean, name)}
+    if base_code(unit.source.language or "") in KANJI:
+        wanted.pop("simplified", None)
     if clean.personal_data == "mask":
-        rewrites.append(("personal_data", lambda text: mask(text)[0]))
+        wanted["personal_data"] = lambda text: mask(text)[0]
     filters = [("empty", _empty), *make_filters(clean)]
+    if unit.source.parallel is not None:
+        filters.insert(1, ("untranslated", untranslated))
     for file in unit.files:
+        rewrites = dict(wanted)
+        if clean.markup and kind_of(file, unit.source) in PARSED:
+            rewrites["markup"] = notices
         for document in read_file(file, unit.source):
             if isinstance(document, Damage):
                 ledger.damaged(document)
                 continue
             before = document.text
             changes = []
-            for name, rewrite in rewrites:
+            for name, rewrite in rewrites.items():
                 text = document.text
                 _rewrite(document, rewrite)
                 if document.text != text:
@@ -355,7 +367,9 @@ def _divide_unit(
             if copy == NEAR:
                 ledger.dropped("near_duplicates", document, "all but a copy of an earlier document")
                 continue
-            split = "validation" if (key * 0x9E3779B97F4A7C15 >> 32) % WAYS < limit else "train"
+            together = document.group or document.prompt
+            drawn = exact_key(together) if together else key
+            split = "validation" if (drawn * 0x9E3779B97F4A7C15 >> 32) % WAYS < limit else "train"
             pieces = _passages(document, recipe.passage_chars)
             if len(pieces) > 1:
                 ledger.cut(document)
@@ -376,7 +390,7 @@ def _passages(document: Document, limit: int) -> list[Document]:
     if not limit or document.messages or len(document.text) <= limit:
         return [document]
     return [
-        Document(text, f"{document.id}/{number}", document.source, document.language, document.title)
+        replace(document, text=text, id=f"{document.id}/{number}", group=document.group or document.id)
         for number, text in enumerate(passages(document.text, limit))
     ]
 
@@ -393,15 +407,14 @@ def _check(
 ) -> dict[str, Any]:
     """Look for validation documents in the training text; with leaks = "drop" they leave the validation files."""
     files = {split: [folder / part["file"] for part in parts if part["split"] == split] for split in SPLITS}
-    check = LeakCheck((document.id, document.text) for document in read_documents(files["validation"]))
+    check = LeakCheck(read_documents(files["validation"]))
     if check.keys:
         known = folder / "work" / "known.npy"  # mapped by all processes
         np.save(known, check.known)
         for _, (ticked, seen) in run([(n, (file, known, check.keys)) for n, file in enumerate(files["train"])]):
             check.add(np.unpackbits(ticked, count=len(check.known)).view(np.bool_), seen)
         known.unlink()
-    leaks = check.report()
-    leaked = set(leaks.leaked)
+    leaked = dict.fromkeys(check.leaked())
     if leaked and recipe.leaks == "drop":
         for part in parts:
             if part["split"] != "validation":
@@ -418,11 +431,10 @@ def _check(
             part["documents"], part["characters"] = writer.num_documents, writer.num_characters
             if not writer.num_documents:
                 path.unlink()
-    return {"num_checked": leaks.num_checked, "leaked": list(leaks.leaked)}
+    return {"num_checked": len(check.documents), "leaked": list(leaked)}
 
 
 def _tick_part(file: Path, known: Path, keys: frozenset[int]) -> tuple[NDArray[np.uint8], set[int]]:
     """Work of one process: what of the validation text stands in a file of training documents; the ticks as bits."""
-    texts = (document.text for document in read_documents([file]))
-    ticked, seen = tick(np.load(known, mmap_mode="r"), keys, texts)
+    ticked, seen = tick(np.load(known, mmap_mode="r"), keys, read_documents([file]))
     return np.packbits(ticked), seen

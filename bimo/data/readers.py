@@ -3,8 +3,9 @@
     for item in read_file(file, source):      # Document | Damage
 
 Ids begin with the source's name: "poems/a.txt", its pieces "poems/a.txt#0" (text of over a million characters), rows
-"poems/7.json#17" (counted from 0), of a part of a large file "poems/big.jsonl@67108864#17". Damage of the same kind is
-counted, one for a file, and comes after the documents. Everything before the first broken byte is still yielded.
+"poems/7.json#17" (counted from 0), of a part of a large file "poems/big.jsonl@67108864#17", pairs of parallel pages
+"help/1.html#par_id7". Damage of the same kind is counted, one for a file, and comes after the documents. Everything
+before the first broken byte is still yielded.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from bimo.data.parsers import (
     fill,
     find_encoding,
     html_encoding,
+    html_paragraphs,
     html_text,
     json_rows,
     needed,
@@ -44,7 +46,7 @@ from bimo.data.parsers import (
 from bimo.data.records import Damage, Document, Message
 from bimo.data.sources import SourceFile, is_backup, kind_of, open_file
 from bimo.errors import BimoError
-from bimo.recipe import SourceRecipe
+from bimo.recipe import ParallelRecipe, SourceRecipe
 
 __all__ = ["READERS", "read_file"]
 
@@ -66,6 +68,8 @@ def read_file(file: SourceFile, source: SourceRecipe) -> Iterator[Document | Dam
             reading.fail("is an editor's backup or a left-over")
         elif _is_empty(file):
             reading.fail("is empty")
+        elif source.parallel is not None and kind != "html":
+            reading.fail("is no HTML page: parallel documents are")
         elif kind is None or (file.member is None and file.name.lower().endswith(".zip")):
             reading.fail(_unknown(file))
         else:
@@ -218,9 +222,11 @@ class _Reading:
 
     # --- documents
 
-    def document(self, text: str, number: int | None, title: str = "", messages: tuple[Message, ...] = ()) -> Document:
+    def document(
+        self, text: str, number: int | str | None, title: str = "", messages: tuple[Message, ...] = (), group: str = ""
+    ) -> Document:
         place = self.id if number is None else f"{self.id}#{number}"
-        return Document(text, place, self.source.name, self.source.language or "", title, messages)
+        return Document(text, place, self.source.name, self.source.language or "", title, messages, group)
 
     def pieces(self, texts: Iterator[str], title: str = "") -> Iterator[Document]:
         """One running text as a document, or as several of at most MAX_CHARS characters, cut at the best border."""
@@ -305,7 +311,15 @@ def _border(text: str) -> int:
 
 
 def _read_txt(reading: _Reading) -> Iterator[Document]:
-    return reading.pieces(reading.texts())
+    if reading.source.line is None:
+        yield from reading.pieces(reading.texts())
+        return
+    pattern = re.compile(reading.source.line)
+    for number, line in enumerate(reading.lines()):
+        if found := pattern.search(line):
+            yield from reading.row(found.groupdict(""), number, len(line))
+        elif line.strip():
+            reading.note("lines that the source's `line` does not fit", number, len(line))
 
 
 def _read_md(reading: _Reading) -> Iterator[Document]:
@@ -410,8 +424,31 @@ def _read_parquet(reading: _Reading) -> Iterator[Document]:
 
 
 def _read_html(reading: _Reading) -> Iterator[Document]:
+    if reading.source.parallel is not None:
+        yield from _read_parallel(reading, reading.source.parallel)
+        return
     text, title = html_text(reading.whole())
-    return reading.pieces(iter([text]), title)
+    yield from reading.pieces(iter([text]), title)
+
+
+def _read_parallel(reading: _Reading, parallel: ParallelRecipe) -> Iterator[Document]:
+    """The paragraphs of a page, each with the twin's of the same id. A page is a group."""
+    if reading.file.twin is None:
+        return reading.fail(f"has no twin in {parallel.path}")
+    texts, title = html_paragraphs(reading.whole())
+    other = _Reading(reading.file.twin, reading.source)
+    twins, _ = html_paragraphs(other.whole())
+    if other.failure:
+        reading.fail(f"has a twin that {other.failure}")
+    for number, (key, text) in enumerate(texts.items()):
+        if key in twins:
+            messages = (Message("user", text), Message("assistant", twins[key]))
+            yield reading.document(f"{text}\n{twins[key]}", key, title, messages, reading.id)
+        elif not other.failure:
+            reading.note("paragraphs whose id the twin has not", number, len(text.encode()))
+    for number, key in enumerate(twins):
+        if key not in texts:
+            reading.note("in its twin paragraphs whose id it has not", number, len(twins[key].encode()))
 
 
 def _read_pdf(reading: _Reading) -> Iterator[Document]:

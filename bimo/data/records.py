@@ -26,6 +26,7 @@ class Document:
     source: the recipe's name for its source.
     language: "zh", "en", another ISO 639-1 code, or "" while unknown.
     messages: of a dialogue; `text` is then their contents, one a line, for the steps that only look.
+    group: what must not be divided between training and validation, such as a page's pairs; "": it stands alone.
     """
 
     text: str
@@ -34,6 +35,12 @@ class Document:
     language: str = ""
     title: str = ""
     messages: tuple[Message, ...] = ()
+    group: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """Of a dialogue, what comes before its last message, one a line; else ""."""
+        return "\n".join(content for _, content in self.messages[:-1])
 
 
 @dataclass(slots=True)

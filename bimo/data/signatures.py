@@ -21,7 +21,7 @@ from bimo.data.dedup import NUM_MINIMA
 
 __all__ = ["SignatureFile"]
 
-CHUNK = 1 << 16  # signatures turned round at once: 32 MB
+CHUNK = 1 << 13  # signatures turned round at once: 4 MB, twice
 
 
 class SignatureFile:

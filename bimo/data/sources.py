@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from bimo.errors import UsageError
-from bimo.recipe import SourceRecipe
+from bimo.recipe import ParallelRecipe, SourceRecipe
 from bimo.registries.packages import fetch_package, is_package
 from bimo.registries.trouble import Progress
 
@@ -60,6 +60,7 @@ class SourceFile:
     member: the file's name inside `path`, when that is a .zip archive.
     start, end: bytes; the lines that begin in this range are meant. end None: to the end of the file.
     num_bytes: how much it is, when it was listed; 0 if that is not known.
+    twin: of a source with `parallel`, the same document in the other language; None if there is none.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class SourceFile:
     start: int = 0
     end: int | None = None
     num_bytes: int = 0
+    twin: SourceFile | None = None
 
     @property
     def is_part(self) -> bool:
@@ -91,6 +93,14 @@ def files_of(source: SourceRecipe, progress: Progress) -> list[SourceFile]:
 
     Raises UsageError when there are none, or when a setting of the source has no effect; see also `fetch_package`.
     """
+    found = _listed(source, progress)
+    if source.parallel is not None:
+        found = _with_twins(found, source, source.parallel, progress)
+    parts = [part for file in found for part in _parts(file, source)]
+    return sorted(parts, key=lambda part: (part.name, part.start))
+
+
+def _listed(source: SourceRecipe, progress: Progress) -> list[SourceFile]:
     if is_package(source.path):
         root = fetch_package(source.path, source.sha256, progress)
         found = list(_inside(root, source.files))
@@ -103,8 +113,31 @@ def files_of(source: SourceRecipe, progress: Progress) -> list[SourceFile]:
     if not found:
         patterns = "" if source.files == ALL_FILES else f" that matches {' or '.join(source.files)}"
         raise UsageError(f"source {source.name}: there is no file{patterns} in {source.path}", "path")
-    parts = [part for file in found for part in _parts(file, source)]
-    return sorted(parts, key=lambda part: (part.name, part.start))
+    return found
+
+
+def _with_twins(
+    found: list[SourceFile], source: SourceRecipe, parallel: ParallelRecipe, progress: Progress
+) -> list[SourceFile]:
+    """Each file with its twin, looked up by name; of one without, `readers.read_file` says so."""
+    found = sorted(found, key=lambda file: file.name)
+    old, new = parallel.replace or ("", "")
+    there = SourceRecipe(name=source.name, path=parallel.path, sha256=parallel.sha256)
+    twins = {file.name: file for file in _listed(there, progress)}
+    if not any(old in file.name for file in found):
+        raise UsageError(
+            f"source {source.name}: no file's path holds {old!r}, the first is {found[0].name}: replace names what "
+            f"differs between a document's path and its twin's",
+            "replace",
+        )
+    names = [file.name.replace(old, new) if old else file.name for file in found]
+    if not any(name in twins for name in names):
+        raise UsageError(
+            f"source {source.name}: none of its files has a twin in {parallel.path}: {names[0]} is looked for, there "
+            f"is for example {min(twins)}: write what differs into replace",
+            "replace",
+        )
+    return [replace(file, twin=twins.get(name)) for file, name in zip(found, names, strict=True)]
 
 
 def _local(source: SourceRecipe) -> Iterator[SourceFile]:

@@ -16,18 +16,30 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
-from bimo.models.config import DecoderConfig
+from bimo.models.config import DecoderConfig, Seq2SeqConfig
 
-__all__ = ["NUMBER_BYTES", "BlockPool", "bytes_per_token", "hash_block"]
+if TYPE_CHECKING:
+    from bimo.models.recurrent import LSTMConfig
+
+__all__ = ["NUMBER_BYTES", "BlockPool", "bytes_per_block", "bytes_per_token", "hash_block"]
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
-def bytes_per_token(config: DecoderConfig, dtype: str) -> int:
+def bytes_per_token(config: DecoderConfig | Seq2SeqConfig, dtype: str) -> int:
     """Memory of one token's keys and values over all layers; in int8 with a float32 scale a head."""
     of_a_head = config.head_dim * NUMBER_BYTES[dtype] + (4 if dtype == "int8" else 0)
-    return 2 * config.num_layers * config.num_kv_heads * of_a_head
+    num_layers = config.num_decoder_layers if isinstance(config, Seq2SeqConfig) else config.num_layers
+    return 2 * num_layers * config.num_kv_heads * of_a_head
+
+
+def bytes_per_block(config: DecoderConfig | Seq2SeqConfig | LSTMConfig, dtype: str, block_size: int) -> int:
+    """Memory of one block: its tokens' keys and values, or a recurrent model's two states at its end."""
+    if isinstance(config, DecoderConfig | Seq2SeqConfig):
+        return bytes_per_token(config, dtype) * block_size
+    return 2 * config.num_layers * config.hidden_size * NUMBER_BYTES[dtype]
 
 
 def hash_block(parent: bytes, tokens: Sequence[int]) -> bytes:
@@ -85,14 +97,15 @@ class BlockPool:
             self._block_of[name] = block
             self._name_of[block] = name
 
-    def match(self, tokens: Sequence[int], limit: int) -> tuple[list[int], list[bytes]]:
-        """The longest chain of known blocks at the start of `tokens`, covering at most `limit` tokens.
+    def match(self, tokens: Sequence[int], limit: int, root: bytes = b"") -> tuple[list[int], list[bytes]]:
+        """The longest chain of known blocks at the start of `tokens`, covering at most `limit` tokens; `root` is what
+        the first block's name builds on.
 
         Returns blocks and names; each block has one reference more, owned by the caller.
         """
         blocks: list[int] = []
         names: list[bytes] = []
-        parent = b""
+        parent = root
         for end in range(self.block_size, limit + 1, self.block_size):
             parent = hash_block(parent, tokens[end - self.block_size : end])
             block = self._block_of.get(parent)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from bimo.engine.paged import PagedCache, StepAttention
 from bimo.engine.scheduler import Scheduled
-from bimo.models.decoder import Decoder
 
 __all__ = ["EagerDecoder", "padded_rows"]
 
@@ -37,9 +36,11 @@ def padded_rows(count: int) -> int:
 class EagerDecoder:
     """Builds a step's row of tokens, and runs the model on it, a step at a time."""
 
-    can_go_on = False
+    can_go_on = False  # several steps in one call (multistep.py)
+    can_speculate = True  # tokens that were computed can be taken back (speculation.py)
+    start_token_id: int | None = None  # an encoder-decoder's: the prompt is its source, an answer starts with this
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Any) -> None:
         self.model, self.config = model.eval(), model.config
         self.weight = model.embed_tokens.weight
 
@@ -75,11 +76,12 @@ class EagerDecoder:
         positions = [place for work in plan for place in range(work.start, work.start + work.count)]
         padding = [0] * (padded_rows(len(token_ids)) - len(token_ids))
         device = self.weight.device
-        return self.model(
-            torch.tensor([token_ids + padding], device=device),
-            torch.tensor([positions + padding], device=device),
-            StepAttention(self.cache, plan),
-        )[0]
+        rows = torch.tensor([token_ids + padding], device=device), torch.tensor([positions + padding], device=device)
+        return self._compute(*rows, plan)[0]
+
+    def _compute(self, input_ids: Tensor, positions: Tensor, plan: list[Scheduled]) -> Tensor:
+        """The model on a step's row of tokens, (1, T) each -> (1, T, D)."""
+        return self.model(input_ids, positions, StepAttention(self.cache, plan))
 
     def _scored(self, hidden: Tensor, scored: list[int]) -> Tensor:
         """The logits of the rows of `hidden` (T, D) that are asked for."""
@@ -103,9 +105,12 @@ class EagerDecoder:
         logits = self.model.logits(hidden).float()
         if hidden.dtype != torch.float32 and self.config.tied_embeddings:
             best = _most_likely(logits, min(_RESCORED, logits.shape[-1]))  # (N, 16)
-            weight = self.weight[best].float()  # (N, 16, D)
-            logits.scatter_(1, best, (weight @ hidden.float()[:, :, None])[:, :, 0])
+            logits.scatter_(1, best, self._score(hidden.float(), best))
         return logits
+
+    def _score(self, hidden: Tensor, words: Tensor) -> Tensor:
+        """Logits of some words of each row in float32, (N, D) and ids (N, C) -> (N, C)."""
+        return (self.weight[words].float() @ hidden[:, :, None])[:, :, 0]
 
 
 def _most_likely(logits: Tensor, count: int) -> Tensor:

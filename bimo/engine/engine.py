@@ -16,6 +16,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from bimo.engine.admission import Limits
 from bimo.engine.cache import BlockPool
 from bimo.engine.drafting import DraftModelProposer
 from bimo.engine.fused import FusedDecoder
@@ -25,11 +26,11 @@ from bimo.engine.runner import ModelRunner, StepResult
 from bimo.engine.sampling import token_logprobs
 from bimo.engine.scheduler import Scheduled, Scheduler
 from bimo.engine.search import BeamSearch, Child, ContrastiveSearch, Hypothesis
-from bimo.engine.sequence import Gang, Sequence
+from bimo.engine.sequence import Gang, Sequence, Source
 from bimo.engine.speculation import NgramProposer, Speculation
 from bimo.engine.stopping import finish_text, stop_reason_of, update_after_token, would_end
 from bimo.engine.verify import Turn, choose, turns_of
-from bimo.errors import ContextLengthError, UsageError
+from bimo.errors import UsageError
 from bimo.tokenizer.load import Tokenizer
 from bimo.tokenizer.stream import TextStream
 
@@ -51,6 +52,8 @@ class EngineConfig:
     max_prefill_tokens: int = 1024  # the same while nobody is streaming
     speculation: Literal["ngram", "off"] = "ngram"  # drafts from the text so far; a draft model takes its place
     stream_interval: float = 0.03  # seconds; greedy answers may come in pieces that took so long (see multistep.py)
+    first_token_id: int | None = None  # every answer begins with it (forced_bos_token_id)
+    banned_token_ids: tuple[int, ...] = ()  # no answer has them
     max_draft_rows: int = 16  # a lone sequence's step is filled with drafts up to so many tokens, others up to half
 
     def __post_init__(self) -> None:
@@ -102,7 +105,7 @@ class Engine:
             max_prefill_tokens=config.max_prefill_tokens,
         )
         self.speculation: Speculation | None = None
-        if config.speculation != "off":
+        if config.speculation != "off" and runner.model.can_speculate:
             proposer = DraftModelProposer(draft_model, runner) if draft_model else NgramProposer()
             max_rows = min(config.max_draft_rows, config.max_step_tokens)
             self.speculation = Speculation(proposer, self.scheduler.reserve, max_rows)
@@ -110,8 +113,19 @@ class Engine:
             raise UsageError(
                 "a draft model has no effect while speculation is off: leave one of them out", "speculation"
             )
-        # A lone sequence must always fit, or it would wait for ever.
-        self.context_length = min(config.context_length, self.pool.num_blocks * self.pool.block_size)
+        self.start_token_id: int | None = runner.model.start_token_id
+        reads_source = self.start_token_id is not None
+        # A lone sequence must always fit, or it would wait for ever; beside a source at least a block of it.
+        num_tokens = (self.pool.num_blocks - reads_source) * self.pool.block_size
+        self.context_length = min(config.context_length, num_tokens)
+        self.limits = Limits(
+            context_length=self.context_length,
+            vocab_size=runner.model.config.vocab_size,
+            max_batch=config.max_batch,
+            num_blocks=self.pool.num_blocks,
+            block_size=self.pool.block_size,
+            reads_source=reads_source,
+        )
         self.stats = EngineStats()
         self._live: dict[str, _Live] = {}
         self._copies: list[tuple[int, int]] = []
@@ -125,11 +139,7 @@ class Engine:
     def check(self, request: Request) -> tuple[list[int], int, int]:
         """The prompt as it fits, the tokens cut off its front, and the room for new ones. Changes nothing, so any
         thread may call it. Raises ContextLengthError or UsageError."""
-        prompt, truncated = self._fit_prompt(request)
-        room = self.context_length - len(prompt)
-        max_tokens = min(request.sampling.max_tokens or room, room)
-        self._check_size(request, len(prompt), max_tokens)
-        return prompt, truncated, max_tokens
+        return self.limits.check(request)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ContextLengthError or UsageError; nothing is queued then."""
@@ -140,6 +150,10 @@ class Engine:
         base_seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         search = sampling.num_beams > 1 or sampling.penalty_alpha > 0
         count = 1 if search else sampling.best_of or sampling.n
+        source = None
+        if self.start_token_id is not None:
+            source, prompt = Source(prompt), [self.start_token_id]
+            self.stats.prompt_tokens += len(source.token_ids)
         sequences: list[Sequence] = []
         for index in range(count):
             self._arrivals += 1
@@ -149,7 +163,10 @@ class Engine:
                 arrival=self._arrivals,
                 token_ids=list(prompt),
                 num_prompt=len(prompt),
+                source=source,
                 max_tokens=max_tokens,
+                forced_token_id=self.config.first_token_id,
+                banned_token_ids=self.config.banned_token_ids,
                 eos_token_ids=frozenset() if sampling.ignore_eos else frozenset(self.tokenizer.eos_token_ids),
                 leader=sequences[0] if sequences else None,
                 text=TextStream(self.tokenizer, sampling.stop, sampling.include_stop, sampling.min_tokens),
@@ -223,42 +240,6 @@ class Engine:
 
     # -- adding ------------------------------------------------------------------------------------------------------
 
-    def _fit_prompt(self, request: Request) -> tuple[list[int], int]:
-        prompt = request.prompt_token_ids
-        if not prompt:
-            raise UsageError("the prompt is empty: give at least one token", "prompt")
-        vocab = self.runner.model.config.vocab_size
-        if not all(isinstance(t, int) and 0 <= t < vocab for t in prompt):
-            raise UsageError(f"prompt token ids must be integers from 0 to {vocab - 1}", "prompt")
-        if len(prompt) < self.context_length:
-            return prompt, 0
-        if not request.truncate_prompt:
-            raise ContextLengthError(len(prompt), self.context_length)
-        wanted = min(request.sampling.max_tokens or self.context_length // 4, self.context_length - 1)
-        kept = self.context_length - wanted
-        return prompt[-kept:], len(prompt) - kept
-
-    def _check_size(self, request: Request, num_prompt: int, max_tokens: int) -> None:
-        sampling, vocab = request.sampling, self.runner.model.config.vocab_size
-        width = max(sampling.num_beams, sampling.top_k if sampling.penalty_alpha else 1)
-        if width > self.config.max_batch:
-            name = "num_beams" if sampling.num_beams > 1 else "top_k"
-            raise UsageError(f"{name} {width} exceeds this engine's batch of {self.config.max_batch}", name)
-        if width > 1 and request.constraint:
-            raise UsageError("constrained output cannot be combined with beam or contrastive search", "num_beams")
-        if any(token >= vocab for token in (*sampling.logit_bias, *sampling.stop_token_ids)):
-            raise UsageError(f"logit_bias and stop_token_ids hold ids from 0 to {vocab - 1}", "logit_bias")
-        if sampling.min_tokens > max_tokens:
-            raise UsageError(f"min_tokens {sampling.min_tokens} exceeds the room for {max_tokens} tokens", "min_tokens")
-        size = self.pool.block_size
-        blocks = -(-num_prompt // size) + width * (-(-max_tokens // size) + 2)
-        if width > 1 and blocks > self.pool.num_blocks:
-            raise UsageError(
-                f"{width} beams of {max_tokens} tokens need {blocks * size} tokens of KV cache, there are "
-                f"{self.pool.num_blocks * size}: lower max_tokens or the number of beams, or raise kv_cache_tokens",
-                "max_tokens",
-            )
-
     def _gang(self, root: Sequence) -> Gang:
         sampling = root.sampling
 
@@ -277,7 +258,8 @@ class Engine:
         """Count prompt tokens, and keep prompt log-probabilities for those who asked."""
         for work in plan:
             sequence = work.sequence
-            self.stats.prompt_tokens += max(0, min(work.start + work.count, sequence.num_prompt) - work.start)
+            if sequence.source is None:
+                self.stats.prompt_tokens += max(0, min(work.start + work.count, sequence.num_prompt) - work.start)
             if work.start == sequence.num_cached and sequence.num_output == 0:
                 self.stats.cached_tokens += sequence.num_cached
             rows = result.prompt_hidden.get(sequence)
@@ -433,7 +415,10 @@ class Engine:
             arrival=origin.arrival,  # as old as its parent: whoever preempts one preempts the gang
             token_ids=list(origin.token_ids),
             num_prompt=origin.num_prompt,
+            source=origin.source,
             max_tokens=origin.max_tokens,
+            forced_token_id=origin.forced_token_id,
+            banned_token_ids=origin.banned_token_ids,
             eos_token_ids=origin.eos_token_ids,
             gang=origin.gang,
             num_cached=origin.num_cached,
@@ -481,4 +466,5 @@ class Engine:
     def _close(self, live: _Live) -> Usage:
         del self._live[live.request.request_id]
         first = live.sequences[0]
-        return Usage(first.num_prompt, live.completion_tokens, first.num_cached, live.truncated)
+        num_prompt = len(first.source.token_ids) if first.source else first.num_prompt
+        return Usage(num_prompt, live.completion_tokens, first.num_cached, live.truncated)

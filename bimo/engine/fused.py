@@ -100,6 +100,8 @@ class FusedDecoder:
     """The model behind `ModelRunner`, as EagerDecoder (eager.py) is for torch."""
 
     can_go_on = True
+    can_speculate = True
+    start_token_id: int | None = None
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bimo.engine.kernels import load_kernels
 from bimo.models.decoder import Decoder
 from bimo.models.layers import MLP, RMSNorm
+from bimo.models.seq2seq import EncoderDecoder
 
 __all__ = ["FusedRMSNorm", "PackedLinear", "PackedMLP", "PairedRMSNorm", "can_pack", "pack_linear_layers"]
 
@@ -102,8 +103,9 @@ class PackedMLP(nn.Module):
         return self.down_proj(inner)
 
 
-def pack_linear_layers(model: Decoder) -> None:
-    """Replace every MLP, nn.Linear and RMSNorm of the model, and give tied embeddings a packed head, in place."""
+def pack_linear_layers(model: Decoder | EncoderDecoder) -> None:
+    """Replace every MLP, nn.Linear and RMSNorm of the model, in place, and give a decoder's tied embeddings a packed
+    head; an encoder-decoder's head has a factor and a bias, and stays as it is."""
     weight = model.embed_tokens.weight
     if not can_pack(weight.dtype, weight.device):
         return
@@ -114,9 +116,9 @@ def pack_linear_layers(model: Decoder) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, MLP):
                 setattr(module, name, PackedMLP(child, model.config.activation))
-            elif isinstance(child, nn.Linear) and not isinstance(module, MLP):
+            elif isinstance(child, nn.Linear) and not isinstance(module, MLP | EncoderDecoder):
                 setattr(module, name, PackedLinear(child.weight, child.bias))
             elif isinstance(child, RMSNorm) and weight.dtype == torch.bfloat16:
                 setattr(module, name, FusedRMSNorm(child, kernels) if kernels else PairedRMSNorm(child))
-    if model.config.tied_embeddings:
+    if isinstance(model, Decoder) and model.config.tied_embeddings:
         model.lm_head = PackedLinear(weight, None)

@@ -12,6 +12,7 @@ Pools are (K, num_blocks * block_size, E) per layer: head-major, so that gatheri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor
 from bimo.engine.kernels import attention_kernels
 from bimo.engine.scheduler import Scheduled
 from bimo.models.attention import causal_mask
-from bimo.models.config import DecoderConfig
+from bimo.models.config import DecoderConfig, Seq2SeqConfig
 from bimo.runtime import lazy_memory
 
-__all__ = ["PagedCache", "StepAttention"]
+__all__ = ["BlockAttention", "PagedCache", "StepAttention", "attend_chunk", "lazy_zeros", "slots_of"]
+
+Bias = Callable[[Tensor, Tensor], Tensor]  # positions of queries (..., T) and keys (..., S) -> (..., H, T, S)
 
 
 class PagedCache:
@@ -32,12 +35,19 @@ class PagedCache:
     costs memory only as it fills."""
 
     def __init__(
-        self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: DecoderConfig | Seq2SeqConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
         self.dtype, self.device = str(dtype).removeprefix("torch."), str(device)
-        shape = (config.num_layers, config.num_kv_heads, num_blocks * block_size, config.head_dim)
-        self.keys, self.values = (_lazy_zeros(shape, dtype).to(device) for _ in range(2))
+        num_layers = config.num_decoder_layers if isinstance(config, Seq2SeqConfig) else config.num_layers
+        self.windows = {config.window(layer) for layer in range(num_layers)}
+        shape = (num_layers, config.num_kv_heads, num_blocks * block_size, config.head_dim)
+        self.keys, self.values = (lazy_zeros(shape, dtype).to(device) for _ in range(2))
         self.layers = list(zip(self.keys, self.values, strict=True))  # (K, slots, E) each
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
@@ -52,8 +62,68 @@ class PagedCache:
             pool[:, :, target] = pool[:, :, source]
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory where they are written."""
     return torch.frombuffer(lazy_memory(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def slots_of(blocks: list[int], length: int, size: int) -> Tensor:
+    """Where the first `length` tokens of a list of blocks lie, in order: (length,)."""
+    return (torch.tensor(blocks[: -(-length // size)])[:, None] * size + torch.arange(size)).flatten()[:length]
+
+
+class BlockAttention:
+    """One query a sequence over what its blocks hold: by the C++ kernel where there is one, else by SDPA.
+
+    For SDPA the blocks are gathered. Query heads that share a key head become the rows of one small attention
+    (K * S of them, H / K rows each): keys are read once for the group, and no head is repeated.
+    """
+
+    def __init__(
+        self, cache: PagedCache, blocks: list[list[int]], lengths: list[int], bias: Bias | None = None
+    ) -> None:
+        """Query i sees the first lengths[i] places of blocks[i] and, for windows and `bias`, stands at the last."""
+        device, config, size = cache.keys.device, cache.config, cache.block_size
+        self.block_size = size
+        width = -(-max(lengths) // size)  # blocks of the longest
+        self.table = torch.tensor([row[:width] + [0] * (width - len(row)) for row in blocks])
+        self.lengths = torch.tensor(lengths, device=device)
+        self.kernels = attention_kernels(cache.keys.dtype, device, config.head_dim) if bias is None else None
+        if self.kernels is not None:
+            return  # they read the blocks where they are
+        num_kv = config.num_kv_heads
+        heads = torch.arange(num_kv)[:, None, None] * cache.num_blocks
+        self.gather = (heads + self.table).flatten().to(device)  # rows of the pool seen as (K * num_blocks, size * E)
+        places = torch.arange(width * size, device=device)
+        distance = self.lengths[:, None] - 1 - places  # (S, length)
+        self.masks: dict[int | None, Tensor] = {}
+        for window in cache.windows:
+            visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            mask = torch.zeros(visible.shape, dtype=cache.keys.dtype, device=device)
+            mask = mask.masked_fill_(~visible, -torch.inf).repeat(num_kv, 1)[:, None, None, :]
+            if bias is not None:  # each query head has its own key head
+                mask = mask + bias(self.lengths[:, None] - 1, places).transpose(0, 1).reshape(mask.shape)
+            self.masks[window] = mask.expand(-1, -1, config.num_heads // num_kv, -1)  # (K * S, 1, H / K, length)
+
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+        """q (S, H, E), a layer's pools (K, slots, E) -> (S, H, E)."""
+        if self.kernels is not None:
+            return self.kernels.decode_attention(
+                q, keys, values, self.table, self.lengths, block_size=self.block_size, scale=scale, window=window
+            )
+        num_kv, _, head_dim = keys.shape
+        num_sequences, row_size = len(q), self.block_size * head_dim
+        shape = (num_kv * num_sequences, 1, -1, head_dim)
+        k = keys.view(-1, row_size).index_select(0, self.gather).view(shape)
+        v = values.view(-1, row_size).index_select(0, self.gather).view(shape)
+        if num_sequences == 1:
+            rows = q.view(shape)
+        else:
+            rows = q.view(num_sequences, num_kv, -1, head_dim).transpose(0, 1).reshape(shape)  # (K * S, 1, H/K, E)
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=self.masks[window], scale=scale)
+        if num_sequences == 1:
+            return out.view(q.shape)
+        return out.view(num_kv, num_sequences, -1, head_dim).transpose(0, 1).reshape(q.shape)
 
 
 @dataclass(slots=True)
@@ -62,18 +132,17 @@ class _Chunk:
 
     rows: slice
     slots: Tensor | None  # (length,) of the whole context in order; None when the chunk starts at position 0
-    masks: dict[int | None, Tensor | None]  # window -> additive (T, length), or None for plain causal
+    masks: dict[int | None, Tensor | None]  # window -> additive ([H,] T, length), or None for plain causal
 
 
 class StepAttention:
     """Attention for one step's plan. Built once a step, called once a layer."""
 
-    def __init__(self, cache: PagedCache, plan: list[Scheduled]) -> None:
-        self.cache = cache
+    def __init__(self, cache: PagedCache, plan: list[Scheduled], bias: Bias | None = None) -> None:
+        """`bias` is added to the scores of every layer (T5)."""
+        self.cache, self.bias = cache, bias
         self.device = cache.keys.device
-        config, size = cache.config, cache.block_size
-        dtype = cache.keys.dtype
-        windows = set(config.windows) or {None}
+        size, dtype = cache.block_size, cache.keys.dtype
         slots: list[int] = []
         for work in plan:
             blocks = work.sequence.blocks
@@ -84,48 +153,34 @@ class StepAttention:
         decodes = [w for w in plan if w.count == 1]
         assert plan[: len(decodes)] == decodes, "single tokens come first"
         self.num_decodes = len(decodes)
-        self.kernels = attention_kernels(dtype, self.device, config.head_dim)
+        self.kernels = attention_kernels(dtype, self.device, cache.config.head_dim)
         if decodes:
-            self._prepare_decodes(decodes, windows, dtype)
+            self.decode = BlockAttention(
+                cache, [w.sequence.blocks for w in decodes], [w.start + 1 for w in decodes], bias
+            )
         self.chunks: list[_Chunk] = []
         row = self.num_decodes
         for work in plan[self.num_decodes :]:
-            self.chunks.append(self._prepare_chunk(work, row, windows, dtype))
+            self.chunks.append(self._prepare_chunk(work, row))
             row += work.count
 
-    def _prepare_decodes(self, decodes: list[Scheduled], windows: set[int | None], dtype: torch.dtype) -> None:
-        size, pool_blocks, num_kv = self.cache.block_size, self.cache.num_blocks, self.cache.config.num_kv_heads
-        lengths = torch.tensor([w.start + 1 for w in decodes], device=self.device)
-        width = -(-int(lengths.max()) // size)  # blocks of the longest
-        table = torch.tensor([w.sequence.blocks[:width] + [0] * (width - len(w.sequence.blocks)) for w in decodes])
-        self.table, self.lengths = table, lengths
-        if self.kernels is not None:
-            return  # they read the blocks where they are
-        heads = torch.arange(num_kv)[:, None, None] * pool_blocks
-        group = self.cache.config.num_heads // num_kv
-        self.gather = (heads + table).flatten().to(self.device)  # rows of the pool seen as (K * num_blocks, size * E)
-        distance = lengths[:, None] - 1 - torch.arange(width * size, device=self.device)  # (S, length)
-        self.decode_masks: dict[int | None, Tensor] = {}
-        for window in windows:
-            visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            mask = torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, -torch.inf)
-            mask = mask.repeat(num_kv, 1)[:, None, None, :]
-            self.decode_masks[window] = mask.expand(-1, -1, group, -1)  # (K * S, 1, H / K, length)
-
-    def _prepare_chunk(self, work: Scheduled, row: int, windows: set[int | None], dtype: torch.dtype) -> _Chunk:
-        size, length = self.cache.block_size, work.start + work.count
+    def _prepare_chunk(self, work: Scheduled, row: int) -> _Chunk:
+        length, dtype = work.start + work.count, self.cache.keys.dtype
         slots = None
         if work.start:
-            blocks = torch.tensor(work.sequence.blocks[: -(-length // size)])
-            slots = (blocks[:, None] * size + torch.arange(size)).flatten()[:length].to(self.device)
+            slots = slots_of(work.sequence.blocks, length, self.cache.block_size).to(self.device)
         masks: dict[int | None, Tensor | None] = {}
-        for window in windows:
-            if slots is None and (window is None or window >= length):
+        for window in self.cache.windows:
+            if slots is None and self.bias is None and (window is None or window >= length):
                 masks[window] = None
-            else:
-                visible = causal_mask(work.count, length, window, self.device)
-                empty = torch.zeros(visible.shape, dtype=dtype, device=self.device)
-                masks[window] = empty.masked_fill_(~visible, -torch.inf)
+                continue
+            visible = causal_mask(work.count, length, window, self.device)
+            empty = torch.zeros(visible.shape, dtype=dtype, device=self.device)
+            mask = empty.masked_fill_(~visible, -torch.inf)
+            if self.bias is not None:
+                places = torch.arange(length, device=self.device)
+                mask = mask + self.bias(places[work.start :], places)
+            masks[window] = mask
         return _Chunk(slice(row, row + work.count), slots, masks)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
@@ -138,17 +193,18 @@ class StepAttention:
         self._store(k, keys)
         self._store(v, values)
         if self.num_decodes == len(q):
-            return self._decode(q, keys, values, scale, window)[None]
+            return self.decode(q, keys, values, scale, window)[None]
         k, v = k.transpose(0, 1), v.transpose(0, 1)
         parts = []
         if self.num_decodes:
-            parts.append(self._decode(q[: self.num_decodes], keys, values, scale, window))
+            parts.append(self.decode(q[: self.num_decodes], keys, values, scale, window))
         for chunk in self.chunks:
             if chunk.slots is None:
                 context = k[:, chunk.rows], v[:, chunk.rows]
             else:
                 context = keys.index_select(1, chunk.slots), values.index_select(1, chunk.slots)
-            parts.append(_prefill(q[chunk.rows], *context, scale, chunk.masks[window]))
+            mask = chunk.masks[window]
+            parts.append(attend_chunk(q[chunk.rows], *context, scale, mask, is_causal=mask is None))
         if len(q) > num_tokens:
             parts.append(q.new_zeros((len(q) - num_tokens, *q.shape[1:])))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
@@ -162,40 +218,15 @@ class StepAttention:
         else:
             pool.index_copy_(1, self.slots, rows.transpose(0, 1))
 
-    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-        """One query token a sequence, q (S, H, E) -> (S, H, E): by the C++ kernel where there is one, else by SDPA.
 
-        For SDPA the blocks are gathered. Query heads that share a key head become the rows of one small attention
-        (K * S of them, H / K rows each): keys are read once for the group, and no head is repeated.
-        """
-        if self.kernels is not None:
-            size = self.cache.block_size
-            return self.kernels.decode_attention(
-                q, keys, values, self.table, self.lengths, block_size=size, scale=scale, window=window
-            )
-        num_kv, _, head_dim = keys.shape
-        num_sequences, row_size = len(q), self.cache.block_size * head_dim
-        shape = (num_kv * num_sequences, 1, -1, head_dim)
-        k = keys.view(-1, row_size).index_select(0, self.gather).view(shape)
-        v = values.view(-1, row_size).index_select(0, self.gather).view(shape)
-        if num_sequences == 1:
-            rows = q.view(shape)
-        else:
-            rows = q.view(num_sequences, num_kv, -1, head_dim).transpose(0, 1).reshape(shape)  # (K * S, 1, H/K, E)
-        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=self.decode_masks[window], scale=scale)
-        if num_sequences == 1:
-            return out.view(q.shape)
-        return out.view(num_kv, num_sequences, -1, head_dim).transpose(0, 1).reshape(q.shape)
-
-
-def _prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """A chunk of one prompt: q (T, H, E), k and v (K, length, E) -> (T, H, E)."""
+def attend_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, *, is_causal: bool) -> Tensor:
+    """Several tokens of one sequence: q (T, H, E), k and v (K, length, E) -> (T, H, E)."""
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k[None],
         v[None],
         attn_mask=mask,
-        is_causal=mask is None,
+        is_causal=is_causal,
         scale=scale,
         enable_gqa=k.shape[0] != q.shape[1],
     )

@@ -20,7 +20,7 @@ from bimo.engine.scheduler import Scheduled
 from bimo.engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from bimo.models.decoder import Decoder
+    from torch import nn
 
 __all__ = ["ModelRunner", "StepResult"]
 
@@ -61,13 +61,9 @@ class StepResult:
 class ModelRunner:
     """The model and its cache memory."""
 
-    def __init__(self, model: Decoder | FusedDecoder, *, num_blocks: int, block_size: int) -> None:
-        if isinstance(model, FusedDecoder):
-            self.model: Any = model
-        else:
-            from bimo.engine.eager import EagerDecoder
-
-            self.model = EagerDecoder(model)
+    def __init__(self, model: nn.Module | FusedDecoder, *, num_blocks: int, block_size: int) -> None:
+        """`model`: a decoder, an encoder-decoder or a recurrent language model (see bimo.models)."""
+        self.model: Any = model if isinstance(model, FusedDecoder) else _on_torch(model)
         self.cache = self.model.make_cache(num_blocks, block_size)
 
     def run(self, plan: list[Scheduled], copies: list[tuple[int, int]], more: MultiStep | None = None) -> StepResult:
@@ -103,3 +99,23 @@ class ModelRunner:
     def logits(self, hidden: Array) -> Array:
         """(N, D) -> (N, V) float32."""
         return self.model.logits(hidden)
+
+
+def _on_torch(model: nn.Module) -> Any:
+    """The loops that compute a step of a torch module."""
+    from bimo.engine.eager import EagerDecoder
+    from bimo.engine.recurrent import RecurrentDecoder
+    from bimo.engine.seq2seq import EagerEncoderDecoder
+    from bimo.models.decoder import Decoder
+    from bimo.models.recurrent import LSTMLanguageModel
+    from bimo.models.seq2seq import EncoderDecoder
+
+    kinds: dict[type, Any] = {
+        Decoder: EagerDecoder,
+        EncoderDecoder: EagerEncoderDecoder,
+        LSTMLanguageModel: RecurrentDecoder,
+    }
+    kind = next((kinds[base] for base in type(model).__mro__ if base in kinds), None)
+    if kind is None:
+        raise TypeError(f"no loops for {type(model).__name__}: expected one of {[k.__name__ for k in kinds]}")
+    return kind(model)

@@ -52,7 +52,7 @@ def process_logits(logits: Array, sequences: list[Sequence]) -> Array:
 
 def _needs_processing(sequence: Sequence) -> bool:
     """Whether the model's scores are changed before a token is chosen from them."""
-    return bool(sequence.sampling.logit_bias) or depends_on_output(sequence)
+    return bool(sequence.sampling.logit_bias or sequence.banned_token_ids) or depends_on_output(sequence)
 
 
 def depends_on_output(sequence: Sequence) -> bool:
@@ -64,7 +64,7 @@ def keeps_best(sequence: Sequence, best: int) -> bool:
     """Whether `best`, the likeliest word by the model's own scores, is what `choose_tokens` would choose. Nearly always
     so for a constrained answer, too: the model writes what it is asked for, and the mask need not be applied."""
     p, mask = sequence.sampling, sequence.allowed_mask
-    if not p.greedy or p.logit_bias or _changes_scores(sequence):
+    if not p.greedy or p.logit_bias or sequence.banned_token_ids or _changes_scores(sequence):
         return False
     return sequence.constraint is None or (best < 32 * len(mask) and bool(mask[best >> 5] >> (best & 31) & 1))
 
@@ -72,14 +72,15 @@ def keeps_best(sequence: Sequence, best: int) -> bool:
 def chooses_best(sequence: Sequence) -> bool:
     """Whether the likeliest word by the model's own scores is always what comes next, and nobody wants the scores."""
     p = sequence.sampling
-    plain = p.greedy and not p.logit_bias and p.logprobs is None and p.best_of is None
+    plain = p.greedy and not p.logit_bias and not sequence.banned_token_ids and p.logprobs is None and p.best_of is None
     return plain and not depends_on_output(sequence)
 
 
 def _changes_scores(sequence: Sequence) -> bool:
     p = sequence.sampling
     return bool(
-        p.repetition_penalty != 1
+        (sequence.forced_token_id is not None and not sequence.num_output)
+        or p.repetition_penalty != 1
         or p.presence_penalty
         or p.frequency_penalty
         or (sequence.num_output < p.min_tokens and (sequence.eos_token_ids or p.stop_token_ids))
@@ -108,6 +109,11 @@ def _process_row(row: Array, sequence: Sequence) -> None:
         row[ends] = -np.inf
         if sequence.constraint is not None and not (row > -np.inf).any():
             row[ends] = before  # the constraint allows nothing but the end: it comes first
+    if sequence.banned_token_ids:
+        row[list(sequence.banned_token_ids)] = -np.inf
+    if sequence.forced_token_id is not None and not sequence.num_output:
+        row[:] = -np.inf
+        row[sequence.forced_token_id] = 0
 
 
 def choose_tokens(logits: Array, sequences: list[Sequence], draws: list[float] | None = None) -> list[int]:

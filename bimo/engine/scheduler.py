@@ -64,9 +64,16 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """The next step's work, decoding sequences first. Empty only when nothing is queued."""
-        while not (plan := self._fill_step()) and len(self.running) > 1:
-            # Gangs may hold blocks while each waits for one more; the oldest alone always fits (the engine checks).
-            self.preempt(max(self.running, key=_arrival))
+        num_waiting = len(self.waiting)
+        while not (plan := self._fill_step()):
+            if len(self.waiting) < num_waiting:  # a gang became complete: its members can be computed together now
+                num_waiting = len(self.waiting)
+            elif len(self.running) > 1:
+                # Gangs may hold blocks while each waits for one more; the oldest alone always fits (the engine checks).
+                self.preempt(max(self.running, key=_arrival))
+                num_waiting = len(self.waiting)
+            else:
+                break
         return plan
 
     def _fill_step(self) -> list[Scheduled]:
@@ -144,6 +151,7 @@ class Scheduler:
         child.blocks = parent.blocks[:num_full] + ([copy[1]] if copy else [])
         child.block_names = parent.block_names[:num_full]
         child.num_computed, child.admitted = parent.num_computed, True
+        self._hold_source(child)
         self.running.append(child)
         return copy
 
@@ -160,7 +168,11 @@ class Scheduler:
         """Assert the invariants; called by tests after every step."""
         live = [*self.running, *self.waiting]
         assert len(set(map(id, live))) == len(live), "a sequence is queued twice"
-        self.pool.check_integrity([s.blocks for s in live])
+        sources = {s.source for s in live if s.source is not None}
+        self.pool.check_integrity([s.blocks for s in live] + [source.blocks for source in sources])
+        for source in sources:
+            assert source.holders == {s for s in self.running if s.source is source}, "a source held by the wrong ones"
+            assert len(source.blocks) == -(-len(source.token_ids) // self.pool.block_size) * bool(source.holders)
         assert len(self.running) <= self.max_batch, "more running than the batch holds"
         for sequence in self.running:
             assert -(-sequence.num_computed // self.pool.block_size) == len(sequence.blocks), "blocks without tokens"
@@ -170,9 +182,9 @@ class Scheduler:
         for sequence in self.waiting:
             assert not sequence.blocks and sequence.num_computed == 0, "waiting with blocks"
 
-    def _plan(self, sequence: Sequence, budget: int, plan: dict[Sequence, int]) -> int:
+    def _plan(self, sequence: Sequence, budget: int, plan: dict[Sequence, int], *, joining: bool = False) -> int:
         """Put a running sequence into the plan, making room by preemption; returns tokens planned."""
-        count = self._count(sequence, budget)
+        count = self._count(sequence, budget, joining)
         while count > 0 and not self._grow(sequence, sequence.num_computed + count):
             victim = max(self.running, key=_arrival)
             gang = victim.gang.members if victim.gang else [victim]
@@ -185,11 +197,12 @@ class Scheduler:
             plan[sequence] = count
         return max(count, 0)
 
-    def _count(self, sequence: Sequence, budget: int) -> int:
-        """Tokens to compute now. A gang's last tokens wait until all members can take that step together."""
+    def _count(self, sequence: Sequence, budget: int, joining: bool) -> int:
+        """Tokens to compute now. A gang's last tokens wait until all members can take that step together; not when the
+        last of them is `joining`, since the others were passed over in this step."""
         if sequence.gang and len(sequence.gang.members) > 1:
             together = all(m.remaining == 1 and m in self.running for m in sequence.gang.members)
-            if not together:
+            if joining or not together:
                 return min(sequence.remaining - 1, budget)
         return min(sequence.remaining, budget)
 
@@ -203,18 +216,24 @@ class Scheduler:
             if self._places_taken() + self._places_for(sequence) > self.max_batch:
                 break
             if sequence.shares_prefix:
-                sequence.blocks, sequence.block_names = self.pool.match(sequence.token_ids, len(sequence.token_ids) - 1)
+                sequence.blocks, sequence.block_names = self.pool.match(
+                    sequence.token_ids, len(sequence.token_ids) - 1, sequence.root
+                )
             sequence.num_computed = len(sequence.blocks) * self.pool.block_size
             missing = -(-len(sequence.token_ids) // self.pool.block_size) - len(sequence.blocks)
-            if missing > self.pool.num_free:  # wait for the whole prompt's room, or it would be preempted at once
+            if (
+                missing + self._source_blocks(sequence) > self.pool.num_free
+            ):  # wait for the whole prompt's room, or it would be preempted at once
                 self._release(sequence)
                 break
             self.waiting.remove(sequence)
+            budget -= self._hold_source(sequence)
             if not sequence.admitted:
                 sequence.admitted, sequence.num_cached = True, sequence.num_computed
             self.running.append(sequence)
             self.running.sort(key=_arrival)
-            budget -= self._plan(sequence, budget, plan)
+            # A source is read at once, however long it is.
+            budget -= self._plan(sequence, max(budget, 1), plan, joining=True)
 
     def _must_wait(self, sequence: Sequence) -> bool:
         """True while another sequence is computing what this one would share."""
@@ -239,7 +258,7 @@ class Scheduler:
         size = self.pool.block_size
         while (len(sequence.block_names) + 1) * size <= sequence.num_computed:
             index = len(sequence.block_names)
-            parent = sequence.block_names[-1] if index else b""
+            parent = sequence.block_names[-1] if index else sequence.root
             sequence.block_names.append(hash_block(parent, sequence.token_ids[index * size : (index + 1) * size]))
             self.pool.name(sequence.blocks[index], sequence.block_names[-1])
 
@@ -254,7 +273,30 @@ class Scheduler:
             sequence.blocks.append(block)
         return True
 
+    def _source_blocks(self, sequence: Sequence) -> int:
+        """Blocks that its source would still need."""
+        source = sequence.source
+        return 0 if source is None or source.holders else -(-len(source.token_ids) // self.pool.block_size)
+
+    def _hold_source(self, sequence: Sequence) -> int:
+        """Keep a sequence's source in the cache; returns how many tokens of it are to be read for that."""
+        source = sequence.source
+        if source is None:
+            return 0
+        for _ in range(self._source_blocks(sequence)):
+            block = self.pool.allocate()
+            assert block is not None
+            source.blocks.append(block)
+        source.holders.add(sequence)
+        return 0 if source.encoded or len(source.holders) > 1 else len(source.token_ids)
+
     def _release(self, sequence: Sequence) -> None:
+        source = sequence.source
+        if source and sequence in source.holders:
+            source.holders.remove(sequence)
+            if not source.holders:
+                self.pool.release(source.blocks)
+                source.blocks, source.encoded = [], False
         self.pool.release(sequence.blocks)
         sequence.blocks, sequence.block_names, sequence.num_computed = [], [], 0
         sequence.hidden = None

@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from bimo.engine.cache import hash_block
 from bimo.engine.request import Constraint, FinishReason, Request, SamplingParams, TokenLogprob
 from bimo.tokenizer.stream import TextStream
 
@@ -22,7 +23,25 @@ if TYPE_CHECKING:
     from bimo.engine.search import Search
     from bimo.engine.speculation import NgramIndex, Pace
 
-__all__ = ["Gang", "Sequence"]
+__all__ = ["Gang", "Sequence", "Source"]
+
+
+@dataclass(eq=False, slots=True)
+class Source:
+    """What an encoder-decoder reads: one a request, shared by all sequences that answer it.
+
+    The scheduler owns `holders` and `blocks`: while anybody runs, the cache holds the keys and values by which the
+    decoder looks at the source, one place for each of its tokens; `encoded` says whether they are there.
+    """
+
+    token_ids: list[int]
+    name: bytes = b""  # of its content; first link in the chain of an answer's block names
+    blocks: list[int] = field(default_factory=list)
+    encoded: bool = False
+    holders: set[Sequence] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.name = hash_block(b"source", self.token_ids)
 
 
 @dataclass(eq=False, slots=True)
@@ -46,12 +65,15 @@ class Sequence:
     arrival: int  # order of admission; older sequences are served first and preempted last
     token_ids: list[int]
     num_prompt: int
+    source: Source | None = None  # an encoder-decoder's; the prompt is then the token that starts an answer
     max_tokens: int  # output tokens at most, context counted in
     eos_token_ids: frozenset[int] = frozenset()
     leader: Sequence | None = None  # same prompt, computed first; this one then finds it in the prefix cache
     gang: Gang | None = None
     text: TextStream | None = None
     constraint: Constraint | None = None
+    forced_token_id: int | None = None  # the first new token, whatever the model says
+    banned_token_ids: tuple[int, ...] = ()  # never chosen
     rng: random.Random = field(default_factory=random.Random)
     # the scheduler's
     num_computed: int = 0
@@ -91,6 +113,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens whose keys and values are still to be computed; 1 while decoding."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def root(self) -> bytes:
+        """What the names of its blocks begin with: keys and values depend on the source, where there is one."""
+        return self.source.name if self.source else b""
 
     @property
     def width(self) -> int:

@@ -1,6 +1,6 @@
 """report.html of a run: curves of the training, scores on text it was not trained on, and what the model writes.
 
-    write_report(folder, recipe, [Sample("text", "The moon", "...")])
+    write_report(folder, recipe, [Sample("text", "The moon", "...")], [Table("5-gram model", ("", "bits"), [...])])
 
 Everything it shows is read from the run's folder; the page is one file without scripts, in Chinese and English.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,47 +18,62 @@ from typing import Any
 from bimo.recipe import Recipe
 from bimo.training.session import read_metrics
 
-__all__ = ["Sample", "write_report"]
+__all__ = ["Sample", "Table", "write_report"]
 
+NAMES = {"bits per byte": "每字节比特", "masked accuracy": "掩码准确率", "next sentence accuracy": "下句判断准确率",
+         "accuracy": "逐词准确率", "masked nats": "掩码词的奈特"}  # fmt: skip
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#9333ea")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """kind: "text", which the model went on with, or "chat", a question it answered."""
+    """kind: "text", which the model went on with, "chat", a question it answered, "pair", a source it wrote from, or
+    "mask", a text whose masks it filled."""
 
     kind: str
     prompt: str
     answer: str
 
 
-def write_report(folder: Path, recipe: Recipe, samples: list[Sample]) -> Path:
+@dataclass(frozen=True)
+class Table:
+    """Figures to compare with: a title, the names of the columns, rows of texts, and a note below."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def write_report(folder: Path, recipe: Recipe, samples: Sequence[Sample], tables: Sequence[Table] = ()) -> Path:
     """Write folder/report.html and return its path."""
     import jinja2
     from markupsafe import Markup
 
     rows = read_metrics(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
-    scores: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        for key, value in row.items():
-            if key.startswith("validation/") and key.endswith("/bits_per_byte"):
-                scores.setdefault(key.split("/")[1], []).append((row["step"], value))
     curves = {
         "loss": [("train", [(row["step"], row["loss"]) for row in steps])],
-        "bits per byte": list(scores.items()),
+        **_validation_curves(rows),
         "learning rate": [("rate", [(row["step"], row["learning_rate"]) for row in steps])],
         "gradient norm": [("norm", [(row["step"], row["grad_norm"]) for row in steps])],
     }
     pictures = [(title, Markup(_curve(lines))) for title, lines in curves.items() if any(line for _, line in lines)]
+    lineage = _lineage(folder)
     manifest = json.loads((folder / "data" / "manifest.json").read_text(encoding="utf-8"))
     template = files("bimo.evaluation").joinpath("run_report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(
         recipe=recipe,
-        lineage=_lineage(folder),
+        lineage=lineage,
         pictures=pictures,
-        scores={name: line[-1][1] for name, line in scores.items()},
+        scores=[
+            (name.replace("_", " "), language, value)
+            for language, figures in lineage["scores"].items()
+            for name, value in figures.items()
+        ],
+        tables=tables,
+        names=NAMES,
         speed=_median([row["tokens_per_second"] for row in steps]),
         parts=manifest["parts"],
         samples=samples,
@@ -65,6 +81,17 @@ def write_report(folder: Path, recipe: Recipe, samples: list[Sample]) -> Path:
     target = folder / "report.html"
     target.write_text(page, encoding="utf-8", errors="replace")
     return target
+
+
+def _validation_curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[str, list[tuple[int, float]]]]]:
+    """{"bits per byte": [("zh", [(step, value), ...]), ...]} of all that was measured on validation text."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith("validation/") and not key.endswith("/loss"):
+                _, language, name = key.split("/")
+                curves.setdefault(name.replace("_", " "), {}).setdefault(language, []).append((row["step"], value))
+    return {name: list(lines.items()) for name, lines in curves.items()}
 
 
 def _lineage(folder: Path) -> dict[str, Any]:

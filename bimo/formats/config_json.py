@@ -16,7 +16,7 @@ from typing import Any
 from bimo.errors import CorruptModelError, UnsupportedModelError
 from bimo.formats.fields import Fields
 from bimo.formats.maps import FAMILIES
-from bimo.models.config import DecoderConfig, RopeConfig
+from bimo.models.config import SEQ2SEQ_FAMILIES, DecoderConfig, RopeConfig
 
 __all__ = ["config_from_hf", "config_to_hf"]
 
@@ -49,6 +49,11 @@ def config_from_hf(raw: Any, *, where: str = "config.json") -> DecoderConfig:
         raise UnsupportedModelError(
             f"{where}: bert is an encoder, which reads text and does not write it: open it with "
             f"bimo.formats.huggingface.load_encoder, for embeddings, classes and masked words"
+        )
+    if family_name in (*SEQ2SEQ_FAMILIES, "bimo_lstm"):
+        raise UnsupportedModelError(
+            f"{where}: {family_name} is not a decoder-only Transformer, which is asked for here: open it with "
+            f"bimo.formats.huggingface.load_model"
         )
     if family is None:
         raise UnsupportedModelError(

@@ -4,7 +4,8 @@
     for name, tensor in load_weights(directory, config):         # bimo's names, one tensor in memory at a time
         decoder.get_parameter(name).data.copy_(tensor)
     save_directory(new, config, decoder.named_parameters(), source=directory, lineage={"recipe": "..."})
-    encoder = load_encoder(directory)                            # BERT and its heads, saved by the same function
+    model = load_model(directory)                                # any architecture: what config.json says it is
+    encoder = load_encoder(directory)                            # BERT and its heads
 
 transformers, vLLM and llama.cpp's converter read what `save_directory` writes, with equal logits. Nothing is pickled.
 """
@@ -24,21 +25,31 @@ from typing import TYPE_CHECKING, Any
 from bimo.errors import BimoError, CorruptModelError, ModelNotFoundError, UnsupportedModelError, UsageError
 from bimo.formats.config_json import config_from_hf, config_to_hf
 from bimo.formats.encoder_maps import encoder_from_hf, encoder_keys, encoder_to_hf
+from bimo.formats.lstm import LSTM_TYPE, lstm_from_raw, lstm_plan, lstm_to_raw
 from bimo.formats.maps import FAMILIES, Entry, KeyMap, tensor_plan
-from bimo.models.config import DecoderConfig, EncoderConfig, TransformerConfig
+from bimo.formats.seq2seq_maps import SEQ2SEQ, seq2seq_from_hf, seq2seq_keys, seq2seq_to_hf
+from bimo.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
 
 if TYPE_CHECKING:
     import torch
     from safetensors import safe_open
+    from torch import nn
 
+    from bimo.models.decoder import Decoder
     from bimo.models.encoder import Encoder
+    from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+    from bimo.models.seq2seq import EncoderDecoder
+
+    ModelConfig = DecoderConfig | EncoderConfig | Seq2SeqConfig | LSTMConfig
 
 __all__ = [
     "load_encoder",
+    "load_model",
     "load_weights",
     "read_config",
     "read_encoder_config",
     "read_json",
+    "read_model_config",
     "save_directory",
     "staged_directory",
 ]
@@ -79,11 +90,25 @@ def read_config(directory: Path) -> DecoderConfig:
 def read_encoder_config(directory: Path) -> EncoderConfig:
     """The encoder in `directory`, with the heads its weights hold (errors: `encoder_maps.encoder_from_hf`)."""
     file = _config_file(directory)
+    return encoder_from_hf(read_json(file), _tensor_names(file.parent), where=str(file))
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """The model in `directory`, whatever its architecture, by config.json's `model_type`.
+
+    Errors: those of `config_from_hf`, `encoder_from_hf`, `seq2seq_from_hf` and `lstm_from_raw`. The weights of encoders
+    and encoder-decoders have to be there: config.json alone does not say which heads they have.
+    """
+    file = _config_file(directory)
     raw = read_json(file)
-    with ExitStack() as stack:
-        handles = [stack.enter_context(_open(weights)) for weights in _weight_files(file.parent)]
-        names = {name for handle in handles for name in handle.keys()}  # noqa: SIM118 not a dict
-    return encoder_from_hf(raw, names, where=str(file))
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind == "bert":
+        return encoder_from_hf(raw, _tensor_names(file.parent), where=str(file))
+    if isinstance(kind, str) and kind in SEQ2SEQ:
+        return seq2seq_from_hf(raw, _tensor_names(file.parent), where=str(file))
+    if kind == LSTM_TYPE:
+        return lstm_from_raw(raw, where=str(file))
+    return config_from_hf(raw, where=str(file))
 
 
 def load_encoder(directory: Path, dtype: torch.dtype | None = None) -> Encoder:
@@ -92,9 +117,34 @@ def load_encoder(directory: Path, dtype: torch.dtype | None = None) -> Encoder:
 
     config = read_encoder_config(directory)
     model = empty_encoder(config)
+    _fill(model, directory, config, dtype)
+    return model.eval()
+
+
+def load_model(
+    directory: Path, dtype: torch.dtype | None = None
+) -> Decoder | Encoder | EncoderDecoder | LSTMLanguageModel:
+    """The model in `directory`, in `dtype` or the file's own, ready to use: dropout is off until `.train()`."""
+    from bimo.models.decoder import Decoder
+    from bimo.models.empty import empty_model
+
+    config = read_model_config(directory)
+    model = empty_model(config)
+    _fill(model, directory, config, dtype)
+    if isinstance(model, Decoder):
+        model.reset_rope()
+    return model.eval()
+
+
+def _fill(model: nn.Module, directory: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
     for name, tensor in load_weights(directory, config):
         model.load_state_dict({name: tensor.to(dtype, copy=True)}, strict=False, assign=True)
-    return model.eval()
+
+
+def _tensor_names(directory: Path) -> set[str]:
+    with ExitStack() as stack:
+        handles = [stack.enter_context(_open(weights)) for weights in _weight_files(directory)]
+        return {name for handle in handles for name in handle.keys()}  # noqa: SIM118 not a dict
 
 
 def _config_file(directory: Path) -> Path:
@@ -104,7 +154,7 @@ def _config_file(directory: Path) -> Path:
     return directory / "config.json"
 
 
-def load_weights(directory: Path, config: TransformerConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def load_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """All of the model's parameters as (bimo name, tensor) in the file's own number type, one after the other.
 
     Files are mapped, not read: a tensor may be a view of the mapping, so copy it into the model and let it go. Names,
@@ -113,8 +163,7 @@ def load_weights(directory: Path, config: TransformerConfig) -> Iterator[tuple[s
     UnsupportedModelError (pickled or quantised weights), each naming the file.
     """
     directory = Path(directory)
-    keys = _keys(config)
-    plan = tensor_plan(config, keys)
+    keys, plan = _plan(config)
     files = _weight_files(directory)
     with ExitStack() as stack:
         handles = {file: stack.enter_context(_open(file)) for file in files}
@@ -124,13 +173,37 @@ def load_weights(directory: Path, config: TransformerConfig) -> Iterator[tuple[s
     return _stream(plan, found, where)
 
 
-def _keys(config: TransformerConfig) -> KeyMap:
-    return encoder_keys(config) if isinstance(config, EncoderConfig) else FAMILIES[config.family].tensors
+def _plan(config: ModelConfig) -> tuple[KeyMap, dict[str, Entry]]:
+    if isinstance(config, DecoderConfig):
+        keys = FAMILIES[config.family].tensors
+    elif isinstance(config, EncoderConfig):
+        keys = encoder_keys(config)
+    elif isinstance(config, Seq2SeqConfig):
+        keys = seq2seq_keys(config)
+    else:
+        return KeyMap({}), lstm_plan(config)
+    return keys, tensor_plan(config, keys)
+
+
+def _config_json(config: ModelConfig) -> dict[str, Any]:
+    if isinstance(config, DecoderConfig):
+        return config_to_hf(config)
+    if isinstance(config, EncoderConfig):
+        return encoder_to_hf(config)
+    return seq2seq_to_hf(config) if isinstance(config, Seq2SeqConfig) else lstm_to_raw(config)
 
 
 def _stream(plan: Mapping[str, Entry], found: Mapping[str, str], where: Mapping[str, Any]) -> Iterator[Any]:
-    for name, entry in plan.items():
-        yield name, entry.merge([where[found[piece.name]].get_tensor(found[piece.name]) for piece in entry.pieces])
+    dtype = None
+    for name, entry in sorted(plan.items(), key=lambda item: item[1].row):  # rows last: zeros are of the others' type
+        if entry.row and entry.pieces[0].name not in found:
+            import torch
+
+            yield name, torch.zeros(entry.shape, dtype=dtype)
+            continue
+        tensor = entry.merge([where[found[piece.name]].get_tensor(found[piece.name]) for piece in entry.pieces])
+        dtype = dtype or tensor.dtype
+        yield name, tensor
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -174,15 +247,16 @@ def _open(file: Path) -> safe_open:
 
 
 def _check_tensors(
-    directory: Path, config: TransformerConfig, keys: KeyMap, plan: Mapping[str, Entry], where: Mapping[str, Any]
+    directory: Path, config: ModelConfig, keys: KeyMap, plan: Mapping[str, Entry], where: Mapping[str, Any]
 ) -> dict[str, str]:
     """Match the plan against what the files hold; {name in the plan: name in the file}."""
     pieces = {piece.name: piece for entry in plan.values() for piece in entry.pieces}
+    optional = {entry.pieces[0].name for entry in plan.values() if entry.row}
     found: dict[str, str] = {}
     for name in pieces:
         if spelling := next((spelling for spelling in keys.spellings(name) if spelling in where), None):
             found[name] = spelling
-    if missing := [name for name in pieces if name not in found]:
+    if missing := [name for name in pieces if name not in found and name not in optional]:
         raise CorruptModelError(
             f"{directory} lacks {len(missing)} of {len(pieces)} tensors of this {config.family} model "
             f"({_some(missing)}): config.json and weights do not belong together, or the download is incomplete"
@@ -195,6 +269,8 @@ def _check_tensors(
             f"({_some(sorted(unknown))}): config.json and weights do not belong together"
         )
     for name, piece in pieces.items():
+        if name not in found:
+            continue
         view = where[found[name]].get_slice(found[name])
         shape = tuple(view.get_shape())
         if shape != piece.shape:
@@ -217,9 +293,10 @@ def _check_copy(directory: Path, copy: str, original: str, where: Mapping[str, A
     import torch
 
     if not torch.equal(where[copy].get_tensor(copy), where[original].get_tensor(original)):
+        untie = ', or set "tie_word_embeddings": false if both are meant' if copy.startswith("lm_head") else ""
         raise CorruptModelError(
-            f"{directory}: config.json ties {copy} to {original}, the file has two different ones; "
-            f'if both are meant, set "tie_word_embeddings": false'
+            f"{directory}: config.json ties {copy} to {original}, the file has two different ones: fetch the model "
+            f"again{untie}"
         )
 
 
@@ -230,7 +307,7 @@ def _some(names: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------- writing
 def save_directory(
     directory: Path,
-    config: TransformerConfig,
+    config: ModelConfig,
     tensors: Iterable[tuple[str, torch.Tensor]],
     *,
     source: Path | None = None,
@@ -248,8 +325,7 @@ def save_directory(
     An existing model directory is replaced; all of it appears at once, by a rename, or (a full disk, an error of
     `tensors`) nothing changes. Raises UsageError for tensors that are not this model's.
     """
-    raw = encoder_to_hf(config) if isinstance(config, EncoderConfig) else config_to_hf(config)
-    plan = tensor_plan(config, _keys(config))
+    raw, (_, plan) = _config_json(config), _plan(config)
     with staged_directory(Path(directory)) as stage:
         dtype = _write_shards(stage, plan, tensors, max_shard_bytes)
         token_ids = _copy_companions(stage, source) if source is not None else {}

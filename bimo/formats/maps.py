@@ -8,20 +8,21 @@ bimo's modules to the file's. `formats.config_json`, `formats.huggingface` and `
     weight = plan[name].merge([file[piece.name] for piece in plan[name].pieces])
     for piece_name, tensor in plan[name].split(weight): ...
 
-Names follow transformers' modeling_<family>.py and llama.cpp's gguf-py/gguf/constants.py. Encoders have their own file,
-`formats.encoder_maps`, with the same `KeyMap`.
+Names follow transformers' modeling_<family>.py and llama.cpp's gguf-py/gguf/constants.py. Encoders and
+encoder-decoders have their own files, `formats.encoder_maps` and `formats.seq2seq_maps`, with the same `KeyMap`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from bimo.errors import UnsupportedModelError
-from bimo.models.config import EncoderConfig, TransformerConfig
+from bimo.models.config import TransformerConfig
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,7 @@ class Entry:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     transposed: bool = False  # the file holds (in, out): GPT-2's Conv1D
+    row: bool = False  # a vector (n,) that the file holds as (1, n)
 
     def merge(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """File tensors, in the order of `pieces`, to the parameter."""
@@ -54,10 +56,14 @@ class Entry:
         parts = [_deinterleave(tensor, piece.heads) for tensor, piece in zip(tensors, self.pieces, strict=True)]
         if self.transposed:
             parts = [part.t() for part in parts]
+        if self.row:
+            return parts[0][0].contiguous()
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
     def split(self, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """The parameter to (name, tensor) pairs as the file holds them; the tensors share no memory with each other."""
+        if self.row:
+            return [(self.pieces[0].name, tensor[None].contiguous())]
         axis = 1 if self.transposed else 0
         parts = tensor.split([piece.shape[axis] for piece in self.pieces])
         if self.transposed:
@@ -88,7 +94,8 @@ class KeyMap:
 
     `prefix` is the base model's prefix, written unless `bare`, optional when read; `ignored` is a regular expression of
     buffers that older files carry and no computation needs; `copies` are tensors that some tools write again under a
-    second name, with the bimo parameter they must equal; `old_names` are endings of names that a family had before.
+    second name, with the bimo parameter they must equal; `old_names` are endings of names that a family had before;
+    `rows` are vectors with a name of their own, which a file holds as (1, n), and which are zeros when it does not.
     """
 
     modules: Mapping[str, tuple[str, ...]]
@@ -99,6 +106,7 @@ class KeyMap:
     ignored: str = r"(?!)"
     copies: Mapping[str, str] = field(default_factory=dict)
     old_names: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)
 
     def spellings(self, name: str) -> list[str]:
         """Every name under which a file may hold the tensor that is written as `name`."""
@@ -112,13 +120,18 @@ def tensor_plan(config: TransformerConfig, keys: KeyMap) -> dict[str, Entry]:
     kv_rows = config.num_kv_heads * config.head_dim
     rows = {
         "qkv_proj": (config.num_heads * config.head_dim, kv_rows, kv_rows),
+        "kv_proj": (kv_rows, kv_rows),
         "gate_up_proj": (config.intermediate_size, config.intermediate_size),
     }
     plan = {}
     for name, shape in _parameter_shapes(config).items():
+        if name in keys.rows:
+            plan[name] = Entry(shape, (Piece(keys.rows[name], (1, *shape)),), row=True)
+            continue
         module, _, parameter = name.rpartition(".")
-        layer = module.split(".")[1] if module.startswith("layers.") else ""
-        generic = f"layers.{{i}}.{module.split('.', 2)[2]}" if layer else module
+        numbered = re.search(r"(?:^|\.)layers\.(\d+)\.", module)
+        layer = numbered[1] if numbered else ""
+        generic = module.replace(f"layers.{layer}.", "layers.{i}.", 1)
         sources = keys.modules.get(generic)
         if sources is None:
             raise UnsupportedModelError(f"the file format has no place for {name} of family {config.family!r}")
@@ -142,10 +155,9 @@ def tensor_plan(config: TransformerConfig, keys: KeyMap) -> dict[str, Entry]:
 
 def _parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes as the model itself declares them; the meta device allocates nothing."""
-    from bimo.models.empty import empty_decoder, empty_encoder
+    from bimo.models.empty import empty_model
 
-    model = empty_encoder(config) if isinstance(config, EncoderConfig) else empty_decoder(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in empty_model(config).named_parameters()}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, H query heads, K key/value heads, E head_dim.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,39 @@ __all__ = ["Attend", "Attention", "Bidirectional", "FullSequence", "causal_mask"
 
 
 class Attend(Protocol):
-    """Attention over whatever context the caller keeps."""
+    """Attention over whatever context the caller keeps.
+
+    In an encoder-decoder one such object serves the decoder's self-attention and another its cross-attention. Where
+    scores depend on distance (T5), whoever keeps the keys knows their positions and adds `EncoderDecoder.decoder_bias`.
+    """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         """q (B, T, H, E), k and v (B, T, K, E), already rotated -> (B, T, H, E).
 
         May store k and v for `layer`; must let token t see itself, and only its own sequence's tokens; in a decoder
-        only those before it, within `window`.
+        only those before it, within `window`. Cross-attention: k and v are the source's, (B, S, K, E), or empty
+        (S = 0) when the object has them already.
         """
+
+
+@runtime_checkable
+class AttendJointly(Protocol):
+    """What an `Attend` has besides, where it does a layer's rotation and attention in one."""
+
+    def takes(self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether it does so with these."""
+
+    def jointly(
+        self,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """qkv (B, T, (H + 2K) E), not yet rotated -> (B, T, H E)."""
 
 
 def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device | None = None) -> Tensor:
@@ -43,18 +68,30 @@ def causal_mask(num_queries: int, num_keys: int, window: int | None, device: tor
 
 
 class FullSequence:
-    """No cache: every row of the batch is one sequence from position 0, all rows equally long."""
+    """No cache: every row of the batch is one sequence from position 0, all rows equally long.
+
+    bias: (H, T, T) added to the scores, the same in every layer. dropout: share of the attention weights to drop.
+    """
+
+    def __init__(self, bias: Tensor | None = None, dropout: float = 0.0) -> None:
+        self.dropout = dropout
+        self.mask: Tensor | None = None
+        if bias is not None:
+            visible = causal_mask(bias.shape[-2], bias.shape[-1], None, bias.device)
+            self.mask = bias.masked_fill(~visible, -torch.inf)[None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         num_tokens = q.shape[1]
-        mask = None
+        mask = self.mask
         if window is not None and window < num_tokens:
+            assert mask is None, "a layer has a window or a bias"
             mask = causal_mask(num_tokens, num_tokens, window, q.device)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
+            dropout_p=self.dropout,
             is_causal=mask is None,
             scale=scale,
             enable_gqa=k.shape[2] != q.shape[2],
@@ -63,18 +100,21 @@ class FullSequence:
 
 
 class Bidirectional:
-    """Every token sees every token of its row that is not padding.
+    """Every token sees every token of its row, or of the source beside it (cross-attention), that is not padding.
 
     mask: (B, T) boolean, False = padding; None: there is none. dropout: share of the attention weights to drop.
+    bias: (H, T, T) added to the scores, the same in every layer.
     """
 
-    def __init__(self, mask: Tensor | None = None, dropout: float = 0.0) -> None:
+    def __init__(self, mask: Tensor | None = None, dropout: float = 0.0, bias: Tensor | None = None) -> None:
         # A row of padding alone would have a softmax over nothing, NaN in some kernels: let it see itself.
         self.mask = None if mask is None else (mask | ~mask.any(-1, keepdim=True))[:, None, None]  # (B, 1, 1, T)
+        if bias is not None:
+            self.mask = bias[None] if self.mask is None else bias.masked_fill(~self.mask, -torch.inf)  # (B, H, T, T)
         self.dropout = dropout
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
-        assert window is None, "an encoder's layers have no window"
+        assert window is None, "layers that look both ways have no window"
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=self.dropout, scale=scale)
         return out.transpose(1, 2)
@@ -83,23 +123,41 @@ class Bidirectional:
 class Attention(nn.Module):
     """Multi-head attention with grouped key/value heads (arXiv:2305.13245): softmax(q kᵀ · scale) v, then out_proj.
 
-    q, k and v come from one matrix (rows: all q heads, all k heads, all v heads): one GEMM instead of three.
+    q, k and v come from one matrix (rows: all q heads, all k heads, all v heads): one GEMM instead of three. With
+    `cross` the keys and values are the source's, so q has a matrix of its own, and k and v share one.
     """
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig, layer: int, *, cross: bool = False) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.cross = layer, cross
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.scale, self.window = config.scale, config.window(layer)
-        num_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, num_rows, config.qkv_bias)
+        q_rows, kv_rows = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+        if cross:
+            self.q_proj = nn.Linear(config.hidden_size, q_rows, config.qkv_bias)
+            self.kv_proj = nn.Linear(config.hidden_size, kv_rows, config.qkv_bias)
+        else:
+            self.qkv_proj = nn.Linear(config.hidden_size, q_rows + kv_rows, config.qkv_bias)
         self.out_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, config.attention_out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
-        """x (B, T, D), rope = cos and sin (B, T, 1, E) or None -> (B, T, D)."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend, memory: Tensor | None = None
+    ) -> Tensor:
+        """x (B, T, D), rope = cos and sin (B, T, 1, E) or None -> (B, T, D).
+
+        Cross-attention reads memory (B, S, D); None there: `attend` has the keys and values, from `keys_values`.
+        """
+        if self.cross:
+            q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+            k, v = (q[:, :0], q[:, :0]) if memory is None else self.keys_values(memory)
+            return self.out_proj(attend(self.layer, q, k, v, scale=self.scale, window=self.window).flatten(-2))
+        qkv = self.qkv_proj(x)
+        if self.q_norm is None and isinstance(attend, AttendJointly) and attend.takes(qkv, rope):
+            sizes = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+            return self.out_proj(attend.jointly(qkv, rope, **sizes, scale=self.scale, window=self.window))
+        heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
         qk, v = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), -2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split_with_sizes((self.num_heads, self.num_kv_heads), -2)
@@ -109,3 +167,9 @@ class Attention(nn.Module):
         q, k = qk.split_with_sizes((self.num_heads, self.num_kv_heads), -2)
         out = attend(self.layer, q, k, v, scale=self.scale, window=self.window)  # (B, T, H, E)
         return self.out_proj(out.flatten(-2))
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention only: memory (B, S, D) -> k and v (B, S, K, E), which stay the same for a whole target."""
+        heads = self.kv_proj(memory).unflatten(-1, (-1, self.head_dim))
+        k, v = heads.split_with_sizes((self.num_kv_heads, self.num_kv_heads), -2)
+        return k, v

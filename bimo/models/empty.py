@@ -18,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 from bimo.models.config import DecoderConfig, EncoderConfig
 from bimo.models.decoder import Decoder
 from bimo.models.encoder import Encoder
+from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+from bimo.models.seq2seq import EncoderDecoder, Seq2SeqConfig
 
-__all__ = ["empty_decoder", "empty_encoder"]
+__all__ = ["empty_decoder", "empty_encoder", "empty_lstm", "empty_model", "empty_seq2seq"]
 
 
 class _SkipInit(TorchFunctionMode):
@@ -44,3 +46,26 @@ def empty_encoder(config: EncoderConfig) -> Encoder:
     """The encoder with all parameters on the meta device; it has no tables to make afterwards."""
     with torch.device("meta"), _SkipInit():
         return Encoder(config)
+
+
+def empty_seq2seq(config: Seq2SeqConfig) -> EncoderDecoder:
+    """The encoder-decoder with all parameters on the meta device; it has no tables to make afterwards."""
+    with torch.device("meta"), _SkipInit():
+        return EncoderDecoder(config)
+
+
+def empty_lstm(config: LSTMConfig) -> LSTMLanguageModel:
+    """The LSTM with all parameters on the meta device."""
+    with torch.device("meta"), _SkipInit():
+        return LSTMLanguageModel(config)
+
+
+def empty_model(
+    config: DecoderConfig | EncoderConfig | Seq2SeqConfig | LSTMConfig,
+) -> Decoder | Encoder | EncoderDecoder | LSTMLanguageModel:
+    """The model of any configuration, with all parameters on the meta device."""
+    if isinstance(config, LSTMConfig):
+        return empty_lstm(config)
+    if isinstance(config, Seq2SeqConfig):
+        return empty_seq2seq(config)
+    return empty_encoder(config) if isinstance(config, EncoderConfig) else empty_decoder(config)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bimo.models import fused_training
 from bimo.models.config import RopeConfig, TransformerConfig
 
 __all__ = ["ACTIVATIONS", "MLP", "RMSNorm", "make_norm", "rope_angles", "rope_frequencies", "rotate"]
@@ -65,12 +66,21 @@ class MLP(nn.Module):
             self.up_proj = nn.Linear(hidden, inner, bias)
         self.down_proj = nn.Linear(inner, hidden, bias)
         self.activation = ACTIVATIONS[config.activation]
+        self.dropout = config.activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (..., F) each
-            return self.down_proj(self.activation(gate) * up)
-        return self.down_proj(self.activation(self.up_proj(x)))
+            gate_up = self.gate_up_proj(x)  # (..., 2 F)
+            if self.activation is F.silu and fused_training.loops_for(gate_up):
+                inner = fused_training.swiglu(gate_up)
+            else:
+                gate, up = gate_up.chunk(2, dim=-1)
+                inner = self.activation(gate) * up
+        else:
+            inner = self.activation(self.up_proj(x))
+        if self.training and self.dropout:
+            inner = F.dropout(inner, self.dropout)
+        return self.down_proj(inner)
 
 
 def rope_frequencies(head_dim: int, rope: RopeConfig, max_positions: int) -> tuple[Tensor, float]:

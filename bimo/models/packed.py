@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bimo.models import fused_training
 from bimo.models.attention import causal_mask
 
 __all__ = ["LONGEST_IN_BLOCKS", "PackedRows"]
@@ -33,6 +34,8 @@ class PackedRows:
     def __init__(self, segments: Tensor, dtype: torch.dtype) -> None:
         self.segments, self.dtype = segments, dtype
         self._masks: dict[int | None, Tensor] = {}
+        self._starts: dict[int | None, Tensor] = {}
+        self._in_order: bool | None = None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, E)
@@ -42,6 +45,46 @@ class PackedRows:
             shared = k.shape[1] != q.shape[1]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(window), scale=scale, enable_gqa=shared)
         return out.transpose(1, 2)
+
+    def takes(self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether `jointly` can do it: short rows, documents one after the other, and see `fused_training`."""
+        if qkv.shape[1] > LONGEST_IN_BLOCKS or not fused_training.can_attend(qkv, rope):
+            return False
+        if self._in_order is None:
+            self._in_order = bool((self.segments.diff(dim=1) >= 0).all())
+        return self._in_order
+
+    def jointly(
+        self,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """The same as a call with what `qkv` (B, T, (H + 2K) E) holds, rotated: (B, T, H E)."""
+        return fused_training.packed_attention(
+            qkv,
+            rope,
+            self._first_seen(window),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            scale=scale,
+            block=BLOCK,
+        )
+
+    def _first_seen(self, window: int | None) -> Tensor:
+        """(B, T) int32: the first token that each token sees."""
+        if window not in self._starts:
+            places = torch.arange(self.segments.shape[1], device=self.segments.device)
+            begins = self.segments.diff(dim=1, prepend=self.segments[:, :1] - 1) != 0
+            starts = torch.where(begins, places, 0).cummax(1).values
+            if window is not None:
+                starts = starts.maximum(places - window + 1)
+            self._starts[window] = starts.int().contiguous()
+        return self._starts[window]
 
     def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """softmax(q kᵀ + mask) v, BLOCK queries at a time; heads that share a key head are rows of one product."""

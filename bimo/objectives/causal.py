@@ -8,7 +8,8 @@ documents one by one (a test says so).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,21 +17,45 @@ from torch import Tensor
 from bimo.data.loader import IGNORED, Batch
 from bimo.models.decoder import Decoder
 from bimo.models.packed import LONGEST_IN_BLOCKS, PackedRows
+from bimo.models.recurrent import LSTMLanguageModel
 from bimo.objectives.cross_entropy import linear_cross_entropy
 
-__all__ = ["Loss", "causal_loss"]
+__all__ = ["Loss", "causal_logits", "causal_loss"]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`total` is what to differentiate: nats, summed over the `num_targets` predicted tokens."""
+    """`total` is what to differentiate: nats, summed over the `num_targets` predicted tokens.
+
+    means: what else is to be known of a validation text, each as (sum, count).
+    """
 
     total: Tensor
     num_targets: int
+    means: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
 
-def causal_loss(model: Decoder, batch: Batch, *, label_smoothing: float = 0.0) -> Loss:
+def causal_loss(model: Decoder | LSTMLanguageModel, batch: Batch, *, label_smoothing: float = 0.0) -> Loss:
     """The loss of a batch on the model's device. label_smoothing: arXiv:1512.00567."""
+    hidden, targets = _predicted(model, batch)
+    weight = model.embed_tokens.weight
+    head = weight if model.lm_head is None else model.lm_head.get_parameter("weight")
+    total = linear_cross_entropy(hidden, head, targets, label_smoothing)
+    return Loss(total, len(targets))
+
+
+def causal_logits(model: Decoder | LSTMLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(N, V) scores and (N,) words of the N tokens that are predicted."""
+    hidden, targets = _predicted(model, batch)
+    return model.logits(hidden), targets
+
+
+def _predicted(model: Decoder | LSTMLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden states (N, D) in the number type of products, and words (N,).
+
+    A recurrent model reads a row from its start to its end, across the borders of documents: its state has no mask. The
+    token a document begins with can tell it to forget.
+    """
     weight = model.embed_tokens.weight
     input_ids, targets, positions, segments = (
         torch.from_numpy(array).to(weight.device)
@@ -38,12 +63,15 @@ def causal_loss(model: Decoder, batch: Batch, *, label_smoothing: float = 0.0) -
     )
     mixed = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if mixed else weight.dtype
-    packed = batch.segments.any() or batch.input_ids.shape[1] <= LONGEST_IN_BLOCKS
-    attend = PackedRows(segments, dtype) if packed else None
-    hidden = model(input_ids, positions, attend)
+    if isinstance(model, LSTMLanguageModel):
+        hidden = model(input_ids)
+    else:
+        hidden = model(input_ids, positions, _attend(segments, dtype))
     kept = targets.flatten() != IGNORED
-    head = weight if model.lm_head is None else model.lm_head.get_parameter("weight")
-    total = linear_cross_entropy(
-        hidden.flatten(0, 1)[kept].to(dtype), head.to(dtype), targets.flatten()[kept], label_smoothing
-    )
-    return Loss(total, int(kept.sum()))
+    return hidden.flatten(0, 1)[kept].to(dtype), targets.flatten()[kept]
+
+
+def _attend(segments: Tensor, dtype: torch.dtype) -> PackedRows | None:
+    """None: a row of one document that is too long for attention in blocks."""
+    packed = bool(segments.any()) or segments.shape[1] <= LONGEST_IN_BLOCKS
+    return PackedRows(segments, dtype) if packed else None

@@ -14,10 +14,9 @@ the hidden character away (arXiv:1906.08101).
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +25,13 @@ from torch import Tensor
 from bimo.data.loader import IGNORED
 from bimo.errors import MissingDependencyError, UsageError
 
-__all__ = ["IGNORED", "mask_tokens", "masked_loss", "next_sentence_loss", "sentence_pairs", "word_numbers"]
+__all__ = ["HAN_TEXT", "IGNORED", "mask_tokens", "masked_loss", "next_sentence_loss", "word_numbers"]
 
 MASKED, RANDOM = 0.8, 0.1  # of the chosen: hidden, replaced; the rest is kept, so that words seen are modelled too
 
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+HAN_TEXT = re.compile(f"[{HAN}]+")
 WORDS = re.compile(rf"[{HAN}]+|[^\W{HAN}]+|[^\w\s]")
-
-Sentence = TypeVar("Sentence")
 
 
 def mask_tokens(
@@ -100,47 +98,30 @@ def _choose(usable: Tensor, word_ids: Tensor | None, share: float, generator: to
     return chosen
 
 
-def masked_loss(logits: Tensor, labels: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+def masked_loss(
+    logits: Tensor, labels: Tensor, *, reduction: Literal["mean", "sum"] = "mean", label_smoothing: float = 0.0
+) -> Tensor:
     """-log p of the hidden words, in nats: logits (..., V), labels (...) with IGNORED where nothing is asked.
 
     Two words predicted with 0.1 and 0.2 cost -(ln 0.1 + ln 0.2) = 3.912 as a sum, half of it as the mean. Nothing asked
     costs 0, and has a gradient of 0.
     """
-    total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(
+        logits.flatten(0, -2).float(),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
     return total / (labels != IGNORED).sum().clamp(min=1) if reduction == "mean" else total
 
 
-def next_sentence_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p of the relation, the mean: logits (B, 2), labels (B,), 0 where the second text follows the first, else 1.
+def next_sentence_loss(logits: Tensor, labels: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """-log p of the relation: logits (B, 2), labels (B,), 0 where the second follows the first, else 1 (or IGNORED).
 
     It judges the pair; it does not predict the next sentence's words.
     """
-    return F.cross_entropy(logits.float(), labels)
-
-
-def sentence_pairs(
-    documents: Sequence[Sequence[Sentence]], generator: torch.Generator
-) -> Iterator[tuple[Sentence, Sentence, int]]:
-    """(first, second, label) for every sentence but a document's last: half of the time (label 0) what follows it, else
-    (label 1) a sentence of another document, both drawn by the generator.
-
-    Another document, since a later sentence of the same one follows in a way. Raises UsageError for fewer than two
-    documents with a sentence.
-    """
-    filled = [document for document in documents if document]
-    if len(filled) < 2:
-        raise UsageError("next sentence prediction needs at least two documents, to take other sentences from")
-
-    def draw(count: int) -> int:
-        return int(torch.randint(count, (), generator=generator))
-
-    for number, document in enumerate(filled):
-        for first, following in itertools.pairwise(document):
-            if draw(2):
-                other = filled[(number + 1 + draw(len(filled) - 1)) % len(filled)]
-                yield first, other[draw(len(other))], 1
-            else:
-                yield first, following, 0
+    return F.cross_entropy(logits.float(), labels, reduction=reduction, ignore_index=IGNORED)
 
 
 def word_numbers(
@@ -172,7 +153,7 @@ def word_numbers(
 
 
 def _cut(run: str, segment: Callable[[str], Iterable[str]] | None) -> Iterable[str]:
-    if not re.match(f"[{HAN}]", run) or len(run) == 1:
+    if len(run) == 1 or not HAN_TEXT.match(run):
         return [run]
     if segment is None:
         try:

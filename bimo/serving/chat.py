@@ -131,6 +131,11 @@ def _size(body: ChatRequest) -> int:
 
 def _plan(service: Service, body: ChatRequest) -> Plan:
     tokenizer = service.backend.tokenizer
+    if service.backend.info().reads_source:
+        message = (
+            "this model is an encoder-decoder, which answers one text and not a conversation: POST /v1/completions"
+        )
+        raise ApiError(400, message, param="model")
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     choice: Any = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice
     reading, schema = None, None

@@ -189,6 +189,28 @@ class Tokenizer:
             chat_template=template,
         )
 
+    def ending_with(self, token_id: int) -> Tokenizer:
+        """A tokenizer whose `encode` puts this token behind every text, as an encoder-decoder's sources end; itself
+        where it does so already (T5, Marian, BART), else nothing but this token is added."""
+        if self.encode("")[-1:] == [token_id]:
+            return self
+        backend, name = tokenizers.Tokenizer.from_str(self.backend.to_str()), self.token_spelling(token_id)
+        if not name:
+            raise CorruptModelError(
+                f"{self.directory} has no token for the end, id {token_id}: fetch or convert the model again"
+            )
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=["$A", name], special_tokens=[(name, token_id)]
+        )
+        return Tokenizer(
+            backend,
+            directory=self.directory,
+            special_tokens=self.special_tokens,
+            bos_token_id=self.bos_token_id,
+            eos_token_ids=self.eos_token_ids,
+            chat_template=self.chat_template,
+        )
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` also those the model wants around it (often a BOS).
 

@@ -1,6 +1,6 @@
 """Learn a tokenizer from text, with Hugging Face `tokenizers`, and measure how well one compresses.
 
-    backend = train_tokenizer(texts, kind="bpe", vocab_size=16384)
+    backend = train_tokenizer(texts, kind="bpe", vocab_size=16384)       # extra=SEQ2SEQ_TOKENS for an encoder-decoder
     save_tokenizer(backend, directory)
     compression(Tokenizer.from_directory(directory), texts)     # Compression(bytes, characters, tokens)
 
@@ -12,7 +12,7 @@ arXiv:1804.10959, WordPiece arXiv:1609.08144.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from bimo.errors import BimoError, UsageError
 from bimo.tokenizer.load import Tokenizer
 
-__all__ = ["CHAT_TEMPLATE", "Compression", "compression", "save_tokenizer", "train_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "SEQ2SEQ_TOKENS", "Compression", "compression", "save_tokenizer", "train_tokenizer"]
 
 # Before merging, text is cut into words with the space before them, single digits, and runs of punctuation (Qwen2's
 # rule): a digit a token keeps arithmetic regular, and merges do not run across words.
@@ -30,6 +30,9 @@ WORDS = (
 LONGEST_WORD = 100  # characters; Chinese has no spaces, and BPE's training is quadratic in the length of a "word"
 END, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 BERT_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+PAD, MASK = "<pad>", "<mask>"
+SENTINELS = [f"<extra_id_{number}>" for number in range(100)]  # T5's
+SEQ2SEQ_TOKENS = (PAD, MASK, *SENTINELS)
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}
@@ -61,14 +64,17 @@ class Compression:
         return self.num_characters / max(1, self.num_tokens)
 
 
-def train_tokenizer(texts: Iterable[str], *, kind: str = "bpe", vocab_size: int = 16_384) -> Any:
+def train_tokenizer(
+    texts: Iterable[str], *, kind: str = "bpe", vocab_size: int = 16_384, extra: Sequence[str] = ()
+) -> Any:
     """A `tokenizers.Tokenizer` of at most `vocab_size` words (fewer where the text has no more to offer).
 
-    kind: "bpe", "unigram" or "wordpiece". Raises UsageError for no text at all.
+    kind: "bpe", "unigram" or "wordpiece". extra: control tokens beside the kind's own; with SEQ2SEQ_TOKENS a text ends
+    with <|endoftext|> instead of beginning with it. Raises UsageError for no text at all.
     """
     import tokenizers
 
-    backend, trainer = _MAKERS[kind](tokenizers, vocab_size)
+    backend, trainer = _MAKERS[kind](tokenizers, vocab_size, extra)
     seen = False
 
     def watched() -> Iterator[str]:
@@ -97,7 +103,7 @@ def save_tokenizer(backend: Any, directory: Path, *, model_max_length: int | Non
     """Write tokenizer.json and tokenizer_config.json into `directory`; for a decoder's also the chat template and
     generation_config.json, which says where an answer ends."""
     directory.mkdir(parents=True, exist_ok=True)
-    is_bert = backend.token_to_id(BERT_TOKENS["cls"]) is not None
+    is_bert, pad = backend.token_to_id(BERT_TOKENS["cls"]) is not None, backend.token_to_id(PAD)
 
     def write(name: str, value: dict[str, Any]) -> None:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -106,6 +112,10 @@ def save_tokenizer(backend: Any, directory: Path, *, model_max_length: int | Non
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if is_bert:
         config |= {f"{name}_token": text for name, text in BERT_TOKENS.items()}
+    elif pad is not None:
+        config |= {"eos_token": END, "pad_token": PAD, "mask_token": MASK, "extra_special_tokens": SENTINELS}
+        end = backend.token_to_id(END)
+        write("generation_config.json", {"decoder_start_token_id": pad, "eos_token_id": end, "pad_token_id": pad})
     else:
         config |= {"bos_token": END, "eos_token": END, "pad_token": END}
         (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
@@ -140,41 +150,43 @@ def _byte_pieces(lib: Any) -> Any:
     ])  # fmt: skip
 
 
-def _bpe(lib: Any, vocab_size: int) -> tuple[Any, Any]:
+def _bpe(lib: Any, vocab_size: int, extra: Sequence[str]) -> tuple[Any, Any]:
     backend = lib.Tokenizer(lib.models.BPE())
     backend.pre_tokenizer = _byte_pieces(lib)
     return backend, lib.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END, START_OF_TURN, END_OF_TURN],
+        special_tokens=[END, START_OF_TURN, END_OF_TURN, *extra],
         initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
 
 
-def _unigram(lib: Any, vocab_size: int) -> tuple[Any, Any]:
+def _unigram(lib: Any, vocab_size: int, extra: Sequence[str]) -> tuple[Any, Any]:
     backend = lib.Tokenizer(lib.models.Unigram())
     backend.pre_tokenizer = _byte_pieces(lib)
     return backend, lib.trainers.UnigramTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END, START_OF_TURN, END_OF_TURN],
+        special_tokens=[END, START_OF_TURN, END_OF_TURN, *extra],
         unk_token=END,  # never used: every byte is in the alphabet
         initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
 
 
-def _wordpiece(lib: Any, vocab_size: int) -> tuple[Any, Any]:
+def _wordpiece(lib: Any, vocab_size: int, extra: Sequence[str]) -> tuple[Any, Any]:
     backend = lib.Tokenizer(lib.models.WordPiece(unk_token=BERT_TOKENS["unk"]))
     backend.normalizer = lib.normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     backend.pre_tokenizer = lib.pre_tokenizers.BertPreTokenizer()
     return backend, lib.trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(BERT_TOKENS.values()), show_progress=False
+        vocab_size=vocab_size, special_tokens=[*BERT_TOKENS.values(), *extra], show_progress=False
     )
 
 
 def _finish_bytes(lib: Any, backend: Any) -> None:
     end = backend.token_to_id(END)
-    backend.post_processor = lib.processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, end)])
+    is_seq2seq = backend.token_to_id(PAD) is not None
+    single = f"$A {END}" if is_seq2seq else f"{END} $A"
+    backend.post_processor = lib.processors.TemplateProcessing(single=single, special_tokens=[(END, end)])
     backend.decoder = lib.decoders.ByteLevel()
 
 

@@ -1,14 +1,15 @@
 """Checkpoints: everything a training needs to go on as if nothing had happened.
 
     checkpoints/step-00000500/   a model directory like any other (`bimo generate` reads it), and beside the weights
-        optimizer.safetensors    the optimisers' tensors, the averaged weights, the state of the random numbers
+        optimizer/*.safetensors  optimisers' tensors, averaged weights, each process's state of the random numbers
         training.json            step, the loader's place, what the run knows of itself
 
 A checkpoint appears by one rename, with a record of its files' hashes: a process killed at any moment leaves whole ones
 only, and one that was torn by the disk is noticed and the one before it is used.
 
-It is the same directory whatever the number of processes, so a training goes on with more or fewer of them. The price:
-the first one gathers all of it, so its memory must hold model and optimiser once more, and it alone writes.
+No process ever holds all of it. Weights come together one after the other, and the first process writes them; of what
+is in optimizer/ each process writes its own part (torch.distributed.checkpoint, whose safetensors storage needs neither
+a pickle nor a list of parts beside the files). It is read the same way, by any number of processes.
 """
 
 from __future__ import annotations
@@ -17,24 +18,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from bimo.errors import BimoError, CorruptModelError, DataError
-from bimo.formats.huggingface import load_weights, read_config, read_json, save_directory
+from bimo.formats.huggingface import load_weights, read_json, read_model_config, save_directory
 from bimo.formats.integrity import check_record, write_record
-from bimo.training.distributed import from_every, shard_like, whole
+from bimo.training.distributed import from_main, shard_like, whole
 from bimo.training.loop import TrainingState
 
 __all__ = ["checkpoints", "latest_checkpoint", "load_checkpoint", "remove_old", "save_checkpoint", "save_model"]
 
 NAME = re.compile(r"step-(\d{8,})")
-RANDOM = "random"
+FILE_BYTES = 512 * 1024**2  # of one file in optimizer/, over all processes: the library copies a part before it writes
 
 
 def save_model(state: TrainingState, folder: Path, *, source: Path, lineage: dict[str, Any]) -> None:
@@ -42,43 +44,44 @@ def save_model(state: TrainingState, folder: Path, *, source: Path, lineage: dic
 
     source: directory with the tokenizer. All processes call it, the first one writes.
     """
-    weights = _gather(state, {**dict(state.model.named_parameters()), **state.ema})
-    if state.ranks.is_main:
-        save_directory(folder, state.model.config, weights.items(), source=source, lineage=lineage)
+    _write_model(state, folder, state.ema, source, lineage)
 
 
 def save_checkpoint(state: TrainingState, folder: Path, *, source: Path, about: dict[str, Any]) -> Path:
-    """Write checkpoints/step-N below `folder`. about: JSON-ready, handed back by `load_checkpoint`.
+    """Write checkpoints/step-N below `folder`, which all processes see. about: JSON-ready, handed back by
+    `load_checkpoint`.
 
-    All processes call it, the first one writes. Raises DataError when it cannot be written; those that exist are
-    untouched.
+    All processes call it. Raises DataError in all of them when it cannot be written; those that exist are untouched.
     """
     final = folder / f"step-{state.step:08}"
-    weights, tensors = _gather(state, dict(state.model.named_parameters())), _tensors(state)
-    if not state.ranks.is_main:
-        return final
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save_directory(partial, state.model.config, weights.items(), source=source, lineage={"step": state.step})
-        _write_tensors(partial / "optimizer.safetensors", tensors)
+
+    def finish() -> None:
         training = {
             "step": state.step,
             "tokens": state.tokens,
             "average_loss": state.average_loss,
             "loader": {"length": state.loader.length, **state.loader.state()},
+            "optimizers": _kinds(state),
             "about": about,
         }
         (partial / "training.json").write_text(json.dumps(training, indent=1), encoding="utf-8")
         write_record(partial, {"step": state.step})
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
+
+    try:
+        from_main(state.ranks, lambda: shutil.rmtree(partial, ignore_errors=True))
+        _write_model(state, partial, {}, source, {"step": state.step})
+        _write_tensors(state, partial / "optimizer")
+        from_main(state.ranks, finish)
     except (OSError, BimoError) as error:
         raise DataError(
             f"checkpoint {final} could not be written ({_reason(error)}): the one before it stays"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if state.ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
     return final
 
 
@@ -90,7 +93,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def remove_old(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep`, and what killed processes left."""
-    for path in [*checkpoints(folder)[:-keep], *folder.glob(".step-*.partial")]:
+    for path in [*checkpoints(folder)[:-keep], *folder.glob(".*.partial")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -108,99 +111,141 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
 def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
     """Bring `state` to where it was when `path` was written; what the caller had kept there as `about`.
 
-    A loader of another length (the curriculum's next stage) starts afresh.
-    Raises DataError when it is of another model or of other optimisers.
+    All processes call it, as many as there are now. A loader of another length (the curriculum's next stage) starts
+    afresh. Raises DataError when it is of another model or of other optimisers.
     """
-    config = read_config(path)
+    config = read_model_config(path)
     if config != state.model.config:
         raise DataError(
             f"checkpoint {path} is of another model than the recipe describes: go back to that recipe, or give the run "
             f"another name"
         )
+    training = read_json(path / "training.json")
+    if training.get("optimizers") != (mine := _kinds(state)):
+        raise DataError(
+            f"checkpoint {path} is of another optimizer than the recipe's ({training.get('optimizers')}, not {mine}): "
+            f"go back to it, or give the run another name"
+        )
     with torch.no_grad():
         for name, tensor in load_weights(path, config):
             weight = state.model.get_parameter(name)
             weight.copy_(shard_like(tensor, weight))
-    _read_tensors(path / "optimizer.safetensors", state)
-    training = read_json(path / "training.json")
+    _read_tensors(state, path / "optimizer")
     state.step, state.tokens, state.average_loss = training["step"], training["tokens"], training["average_loss"]
     if training["loader"]["length"] == state.loader.length:
         state.loader.restore(training["loader"])
     return dict(training["about"])
 
 
-def _gather(state: TrainingState, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each of them whole and on the CPU, in the first process; elsewhere nothing is kept."""
-    gathered = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor)
+def _kinds(state: TrainingState) -> list[str]:
+    return [type(optimizer).__name__ for optimizer in state.optimizers]
+
+
+# --- weights: whole, one at a time --------------------------------------------------------------------------------
+
+
+def _write_model(
+    state: TrainingState, folder: Path, instead: dict[str, Tensor], source: Path, lineage: dict[str, Any]
+) -> None:
+    """A model directory of the weights, some of them replaced. An error of the first process is raised in all."""
+    weights = _one_by_one({**dict(state.model.named_parameters()), **instead})
+    trouble: Exception | None = None
+    try:
         if state.ranks.is_main:
-            gathered[name] = full.detach().cpu()
-    return gathered
+            save_directory(folder, state.model.config, weights, source=source, lineage=lineage)
+    except (OSError, BimoError) as error:
+        trouble = error
+    for _ in weights:  # the others send their parts; so does the first where it could not write, or they would wait
+        pass
+
+    def outcome() -> None:
+        if trouble:
+            raise trouble
+
+    from_main(state.ranks, outcome)
 
 
-def _tensors(state: TrainingState) -> dict[str, Tensor]:
-    """`{optimiser}.{parameter}.{name}`, `ema.{parameter}`, `random`, `random.{rank}` of the other processes."""
-    tensors = {}
-    for number, optimizer in enumerate(state.optimizers):
-        for index, values in optimizer.state_dict()["state"].items():
+def _one_by_one(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items():
+        yield name, whole(tensor).detach().cpu()
+
+
+# --- everything else: in parts ------------------------------------------------------------------------------------
+
+
+def _write_tensors(state: TrainingState, folder: Path) -> None:
+    """`{parameter}.{name}` of the optimisers, `ema.{parameter}`, `random.{rank}`."""
+    import torch.distributed.checkpoint as dcp
+
+    tensors = {f"ema.{name}": value for name, value in state.ema.items()}
+    names = {weight: name for name, weight in state.model.named_parameters()}
+    for optimizer in state.optimizers:
+        for weight, values in optimizer.state.items():
             for name, value in values.items():
                 if value is not None:
-                    tensors[f"{number}.{index}.{name}"] = torch.as_tensor(value)
-    tensors |= {f"ema.{name}": value for name, value in state.ema.items()}
-    for rank, random in enumerate(from_every(state.ranks, torch.get_rng_state())):
-        tensors[_random(rank)] = random
-    return _gather(state, tensors)
-
-
-def _random(rank: int) -> str:
-    return f"{RANDOM}.{rank}" if rank else RANDOM
-
-
-def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    except SafetensorError as error:  # the library's word for an OSError
-        raise OSError(str(error)) from error
-
-
-def _read_tensors(file: Path, state: TrainingState) -> None:
-    from safetensors.torch import load_file
-
-    tensors = load_file(file)
-    if (random := tensors.get(_random(state.ranks.rank))) is not None:  # else a process that was not there
-        torch.set_rng_state(random)
-    by_parameter: dict[int, dict[int, dict[str, Tensor]]] = {}
+                    tensors[f"{names[weight]}.{name}"] = torch.as_tensor(value)
+    files, reached = {f"random.{rank}": 1 for rank in range(state.ranks.world_size)}, 0
     for name, tensor in tensors.items():
-        number, _, rest = name.partition(".")
-        if number == "ema":
-            state.ema[rest] = shard_like(tensor, state.model.get_parameter(rest))
-        elif number.isdecimal():
-            index, _, key = rest.partition(".")
-            by_parameter.setdefault(int(number), {}).setdefault(int(index), {})[key] = tensor
-    if by_parameter and set(by_parameter) != set(range(len(state.optimizers))):
-        raise DataError(
-            f"{file} is of another optimizer than the recipe's: go back to it, or give the run another name"
-        )
-    for place, optimizer in enumerate(state.optimizers):
-        kept = optimizer.state_dict()
-        kept["state"] = _sharded(by_parameter.get(place, {}), optimizer)
-        optimizer.load_state_dict(kept)
+        files[name], reached = 1 + reached // FILE_BYTES, reached + tensor.nbytes
+    tensors[f"random.{state.ranks.rank}"] = torch.get_rng_state()
+    writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+    with _plain_errors():
+        dcp.save(tensors, storage_writer=writer, no_dist=state.ranks.world_size == 1)
 
 
-def _sharded(states: dict[int, dict[str, Tensor]], optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
-    """What is shaped like its weight is divided like it; the rest are counts."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    return {
-        index: {
-            name: shard_like(value, weights[index]) if value.shape == weights[index].shape else value
-            for name, value in values.items()
-        }
-        for index, values in states.items()
-    }
+def _read_tensors(state: TrainingState, folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    kept = reader.read_metadata().state_dict_metadata
+    mine = f"random.{state.ranks.rank}"
+    tensors = {mine: torch.get_rng_state()} if mine in kept else {}  # else there was no such process
+    weights = dict(state.model.named_parameters())
+    average: dict[str, Tensor] = {}
+    of_weight: dict[Tensor, dict[str, Tensor]] = {}
+    for name in kept:
+        first, _, rest = name.partition(".")
+        if first == "random":
+            continue
+        parameter, _, key = name.rpartition(".")
+        if first == "ema":
+            average[rest] = tensors[name] = _empty(kept[name], weights[rest])
+        else:
+            tensors[name] = _empty(kept[name], weights[parameter])
+            of_weight.setdefault(weights[parameter], {})[key] = tensors[name]
+    with _plain_errors():
+        dcp.load(tensors, storage_reader=reader, no_dist=state.ranks.world_size == 1)
+    if mine in tensors:
+        torch.set_rng_state(tensors[mine])
+    state.ema = average
+    for optimizer in state.optimizers:
+        numbered = enumerate(weight for group in optimizer.param_groups for weight in group["params"])
+        states = {number: of_weight[weight] for number, weight in numbered if weight in of_weight}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+
+
+def _empty(kept: Any, weight: Tensor) -> Tensor:
+    """To read into: what is shaped like its weight is divided like it, the rest are counts."""
+    dtype = kept.properties.dtype
+    if kept.size == weight.shape:
+        return torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    return torch.empty(kept.size, dtype=dtype)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The library gathers the errors of all processes in one that is no Exception; the first of them as a DataError."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is meant
+        try:
+            yield
+        except CheckpointException as error:
+            first = next(iter(error.failures.values()))[0]
+            if not isinstance(first, Exception):
+                raise first from None
+            raise DataError(_reason(first)) from error
 
 
 def _reason(error: BaseException) -> str:

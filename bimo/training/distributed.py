@@ -18,19 +18,18 @@ Measured with gloo on CPUs of one machine; nccl and several machines are torch's
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bimo.data.loader import IGNORED, Batch
 from bimo.errors import BimoError, TrainingError
+from bimo.models.block import Block
 from bimo.objectives.causal import Loss
 from bimo.runtime import Ranks
 
@@ -93,9 +92,9 @@ class _Whole(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Batch, options: dict[str, Any]) -> tuple[Tensor, int]:
+    def forward(self, batch: Any, options: dict[str, Any]) -> tuple[Tensor, int, Mapping[str, tuple[float, int]]]:
         loss = self.objective(self.model, batch, **options)
-        return loss.total, loss.num_targets
+        return loss.total, loss.num_targets, loss.means
 
 
 class _Parallel:
@@ -104,15 +103,9 @@ class _Parallel:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
 
-    def __call__(self, model: nn.Module, batch: Batch, **options: Any) -> Loss:
-        return Loss(*self.root(batch if len(batch.input_ids) else _idle(batch), options))
-
-
-def _idle(empty: Batch) -> Batch:
-    """A row of which nothing is predicted, for a process without one: the others wait for its forward and backward."""
-    length = empty.input_ids.shape[1]
-    zeros = np.zeros((1, length), np.int64)
-    return Batch(zeros, np.full_like(zeros, IGNORED), np.arange(length)[None], zeros, ())
+    def __call__(self, model: nn.Module, batch: Any, **options: Any) -> Loss:
+        # a process without rows takes one that asks for nothing: the others wait for its forward and backward
+        return Loss(*self.root(batch if len(batch) else batch.idle(), options))
 
 
 def parallelize(
@@ -131,8 +124,8 @@ def parallelize(
 
     device = next(model.parameters()).device.type
     mesh = dist.init_device_mesh(device, (ranks.world_size,))
-    for layer in model.get_submodule("layers").children():
-        fully_shard(layer, mesh=mesh)
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        fully_shard(block, mesh=mesh)
     fully_shard(root, mesh=mesh)
     return _Parallel(root)
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bimo.data.loader import Batch, PackedLoader
+from bimo.data.loader import RowLoader
 from bimo.errors import TrainingError
 from bimo.objectives.causal import Loss
 from bimo.recipe import TrainingRecipe
-from bimo.runtime import Ranks, dtype_name
+from bimo.runtime import Ranks, dtype_name, keep_freed_memory
 from bimo.training.distributed import accumulate, from_every, summed, whole
 from bimo.training.optim import learning_rate
 
@@ -44,7 +44,7 @@ class TrainingState:
 
     model: Any
     optimizers: list[Optimizer]
-    loader: PackedLoader
+    loader: RowLoader
     step: int = 0
     tokens: int = 0
     average_loss: float | None = None
@@ -94,7 +94,8 @@ def train(
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     device = weights[0].device
     model.train()
-    num_rows = max(1, recipe.batch_tokens // loader.length)
+    keep_freed_memory()
+    num_rows = max(1, recipe.batch_tokens // loader.row_tokens)
     share_of_rows = -(-num_rows // ranks.world_size)  # others may have a row less, but compute as many parts
     micro = min(share_of_rows, recipe.micro_batch)
     last = min(recipe.steps, recipe.steps if stop_at is None else stop_at)
@@ -122,11 +123,12 @@ def train(
             optimizer.step()
         _update_ema(state, recipe.ema)
         state.step += 1
-        state.tokens += num_rows * loader.length
-        yield StepInfo(state.step, loss, norm, rate, num_rows * loader.length, time.perf_counter() - begun)
+        num_tokens = num_rows * loader.row_tokens
+        state.tokens += num_tokens
+        yield StepInfo(state.step, loss, norm, rate, num_tokens, time.perf_counter() - begun)
 
 
-def _check(state: TrainingState, batch: Batch, loss: float, norm: float, own: float) -> None:
+def _check(state: TrainingState, batch: Any, loss: float, norm: float, own: float) -> None:
     """Stop before a bad step is taken: the weights are still good. own: this process's part of the loss."""
     average = state.average_loss
     state.average_loss = loss if average is None else MEMORY * average + (1 - MEMORY) * loss

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from bimo.errors import UsageError
 from bimo.recipe import TrainingRecipe
 
 __all__ = ["learning_rate", "make_optimizers"]
@@ -22,14 +23,20 @@ DECAY_SHARE = 0.2  # of the steps, at the end of "wsd"
 
 
 def make_optimizers(model: nn.Module, recipe: TrainingRecipe) -> list[Optimizer]:
-    """One optimiser, or Muon's two. Vectors (norms, biases) are not decayed."""
+    """One optimiser, or Muon's two. Vectors (norms, biases) are not decayed. Raises UsageError: Muon without blocks."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     matrices = [(name, weight) for name, weight in named if weight.ndim >= 2]
     vectors = [weight for _, weight in named if weight.ndim < 2]
     rate, decay = recipe.learning_rate, recipe.weight_decay
     if recipe.optimizer == "muon":
-        inner = [weight for name, weight in matrices if name.startswith("layers.")]
-        outer = [weight for name, weight in matrices if not name.startswith("layers.")]
+        inner = [weight for name, weight in matrices if "layers." in name]
+        outer = [weight for name, weight in matrices if "layers." not in name]
+        if not inner:
+            raise UsageError(
+                'training.optimizer = "muon" is for the matrices of Transformer blocks, and this model has none: use '
+                '"adamw"',
+                "training.optimizer",
+            )
         # its update has AdamW's usual size, so that one learning rate serves both
         muon = torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         return [muon, _adamw(outer, vectors, recipe)]

@@ -237,7 +237,7 @@ class Plan:
     def fragment(self) -> str:
         """The two tables of a recipe, as TOML."""
         model, training = self.model, self.training
-        given = model.model_dump(exclude_none=True)
+        given = model.model_dump(exclude_none=True, exclude={"kind", "family"})  # a decoder is what there is advice on
         lines = ["[model]", *(f"{key} = {value}" for key, value in given.items() if value)]
         lines += ["", "[training]", f"steps = {training.steps}", f"batch_tokens = {training.batch_tokens}"]
         lines += [f"micro_batch = {training.micro_batch}", 'optimizer = "adamw"']

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from bimo.data.loader import PackedLoader
+from bimo.data.loader import PackedLoader, RowLoader
 from bimo.data.shards import TokenFile, fingerprint
 from bimo.errors import DataError, UsageError
-from bimo.models.decoder import Decoder
+from bimo.models.block import Block
 from bimo.recipe import Recipe
 from bimo.runtime import Ranks
 from bimo.tokenizer.load import Tokenizer
@@ -39,7 +39,7 @@ from bimo.training.distributed import anywhere, from_main, parallelize
 from bimo.training.loop import Objective, StepInfo, TrainingState, current_stage, train
 from bimo.training.optim import make_optimizers
 from bimo.training.trackers import TRACKERS, Tracker
-from bimo.training.validation import Score, bytes_of_tokens, validate
+from bimo.training.validation import MakeLoader, Score, bytes_of_tokens, validate
 
 __all__ = ["Evaluation", "Texts", "finished", "read_metrics", "train_run"]
 
@@ -58,7 +58,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores on text that is not trained on, by language. best: no earlier evaluation had less bits per byte."""
+    """Scores on text that is not trained on, by language. best: no earlier evaluation had a smaller loss."""
 
     step: int
     scores: dict[str, Score]
@@ -66,24 +66,27 @@ class Evaluation:
 
     @property
     def total(self) -> Score:
-        return sum(self.scores.values(), Score(0.0, 0, 0))
+        return sum(self.scores.values(), Score())
 
 
 def train_run(
     recipe: Recipe,
     folder: Path,
-    model: Decoder,
+    model: Any,
     objective: Objective,
     texts: Texts,
     warn: Callable[[str], None],
     ranks: Ranks = Ranks(),
+    make_loader: MakeLoader = PackedLoader,
 ) -> Generator[StepInfo | Evaluation, None, None]:
     """Train `model` (its first weights set) as the recipe says, from the latest checkpoint in `folder` where one is.
+
+    objective and make_loader belong together (objectives.kinds): what the one makes of files the other learns from.
 
     Closing the generator writes a checkpoint; of several processes all must close it at the same event.
     Raises TrainingError (bad loss), DataError (a checkpoint of another model), UsageError (too little text).
     """
-    run = _Run(recipe, folder, model, objective, texts, warn, ranks)
+    run = _Run(recipe, folder, model, objective, texts, warn, ranks, make_loader)
     try:
         yield from run.events()
     finally:
@@ -104,29 +107,32 @@ class _Run:
         self,
         recipe: Recipe,
         folder: Path,
-        model: Decoder,
+        model: Any,
         objective: Objective,
         texts: Texts,
         warn: Callable[[str], None],
         ranks: Ranks,
+        make_loader: MakeLoader,
     ) -> None:
         self.recipe, self.folder, self.texts, self.warn, self.ranks = recipe, folder, texts, warn, ranks
-        self.training = recipe.training
+        self.training, self.make_loader = recipe.training, make_loader
         self.context = model.config.max_positions
         self.sizes = bytes_of_tokens(texts.tokenizer)
-        # of less than a row there is no score
-        self.validation = {name: file for name, file in texts.validation.items() if len(file.tokens) > self.context}
+        self.validation = {name: file for name, file in texts.validation.items() if self._has_row(file)}
         if texts.validation and not self.validation:
             warn(f"there is less validation text than one row of {self.context} tokens: nothing is evaluated")
         self.best, self.since_best, self.evaluated_at = float("inf"), 0, 0
-        self.scores: dict[str, float] = {}  # of the last evaluation
+        self.scores: dict[str, dict[str, float]] = {}  # figures of the last evaluation, by language
         self.mark = _identity(recipe, texts)
         torch.manual_seed(recipe.seed + ranks.rank)  # only dropout draws from it
         self._prepare_model(model)
         self.objective = parallelize(model, objective, self.training.parallel, ranks)
         self.state = TrainingState(model, make_optimizers(model, self.training), self._loader(0), ranks=ranks)
         self._resume()
-        settings = {"parameters": model.config.num_parameters, **self.training.model_dump(mode="json")}
+        settings = {
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            **self.training.model_dump(mode="json"),
+        }
         start = self.state.step
         self.metrics = _Metrics(folder / "metrics.jsonl", start) if ranks.is_main else None
         self.trackers: list[Tracker] = [
@@ -176,17 +182,25 @@ class _Run:
 
     # --- beginning --------------------------------------------------------------------------------------------------
 
-    def _loader(self, step: int) -> PackedLoader:
+    def _has_row(self, file: TokenFile) -> bool:
+        """Of less than a row there is no score."""
+        try:
+            return bool(self.make_loader([file], length=self.context, shuffle=False))
+        except UsageError:
+            return False
+
+    def _loader(self, step: int) -> RowLoader:
         length, _ = current_stage(step, self.training, self.context)
         weights = {source.name: source.weight for source in self.recipe.data.sources}
         names = sorted(self.texts.train)
         files = [self.texts.train[name] for name in names]
-        for name, file in zip(names, files, strict=True):
-            if len(file.tokens) <= length:
-                self.warn(f"source {name} has {len(file.tokens)} tokens, less than one row of {length}: it is not read")
-        return PackedLoader(
+        loader = self.make_loader(
             files, length=length, seed=self.recipe.seed, weights=[weights.get(name, 1.0) for name in names]
         )
+        for name, file, rows in zip(names, files, loader.num_rows, strict=True):
+            if not rows:
+                self.warn(f"source {name} has {len(file.tokens)} tokens, less than one row of {length}: it is not read")
+        return loader
 
     def _resume(self) -> None:
         path = from_main(self.ranks, lambda: latest_checkpoint(self.folder / "checkpoints", self.warn))
@@ -204,16 +218,17 @@ class _Run:
         self.best, self.since_best = about["best"] or float("inf"), about["since_best"]
         self.scores, self.evaluated_at = about["scores"], about["evaluated_at"]
 
-    def _prepare_model(self, model: Decoder) -> None:
+    def _prepare_model(self, model: Any) -> None:
         """What changes how the model computes, not what it is."""
+        blocks = [module for module in model.modules() if isinstance(module, Block)]
         if self.training.activation_checkpointing:
             from torch.utils.checkpoint import checkpoint
 
-            for layer in model.layers:
-                layer.forward = _checkpointed(checkpoint, layer.forward)
+            for block in blocks:
+                block.forward = _checkpointed(checkpoint, block.forward)  # type: ignore[method-assign]
         if self.training.compile:
-            for layer in model.layers:  # block by block: they are alike, so one compilation serves all
-                layer.compile()
+            for block in blocks:  # one by one: they are alike, so one compilation serves all
+                block.compile()
 
     # --- on the way ---------------------------------------------------------------------------------------------------
 
@@ -224,11 +239,13 @@ class _Run:
 
     def _evaluate(self) -> Evaluation:
         state = self.state
-        scores = validate(state, self.objective, self.training, self.validation, self.sizes, self.context)
+        scores = validate(
+            state, self.objective, self.training, self.validation, self.sizes, self.context, self.make_loader
+        )
         self.evaluated_at = state.step
-        total = sum(scores.values(), Score(0.0, 0, 0))
+        total = sum(scores.values(), Score())
         better = total.nats_per_token < self.best
-        self.scores = {name: score.bits_per_byte for name, score in scores.items()}
+        self.scores = {name: score.figures for name, score in scores.items()}
         if better:
             self.best, self.since_best = total.nats_per_token, 0
             if self.training.early_stopping:
@@ -237,8 +254,8 @@ class _Run:
             self.since_best += 1
         values = {}
         for name, score in scores.items():
-            values[f"validation/{name}/bits_per_byte"] = score.bits_per_byte
             values[f"validation/{name}/loss"] = score.nats_per_token
+            values |= {f"validation/{name}/{key}": value for key, value in score.figures.items()}
         self._log(state.step, **values)
         return Evaluation(state.step, scores, better)
 
@@ -273,7 +290,7 @@ class _Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "steps": self.state.step,
             "tokens": self.state.tokens,
-            "bits_per_byte": self.scores,
+            "scores": self.scores,
             "data": {name: fingerprint(file.folder / "about.json") for name, file in self.texts.train.items()},
         }
 
@@ -283,7 +300,8 @@ def _identity(recipe: Recipe, texts: Texts) -> str:
     training = recipe.training.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
     files = [(name, fingerprint(file.folder / "about.json")) for name, file in sorted(texts.train.items())]
     weights = [(source.name, source.weight) for source in recipe.data.sources]
-    return fingerprint(recipe.seed, recipe.model.model_dump(mode="json"), training, files, weights)
+    what = [part.model_dump(mode="json") for part in (recipe.model, recipe.objective)]
+    return fingerprint(recipe.seed, what, training, files, weights)
 
 
 def _checkpointed(checkpoint: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:

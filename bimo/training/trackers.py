@@ -1,20 +1,24 @@
 """Where a run's numbers go beside its own metrics.jsonl: TensorBoard, or a service by name.
 
+A run that goes on after an end goes on there too: the service's name for it is kept in the run's folder.
+
 tracker = TRACKERS["tensorboard"](folder, "quickstart", settings, start_step=0)
 tracker.log(100, {"loss": 3.2, "validation/zh/bits_per_byte": 1.9}); tracker.close()
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from bimo.errors import MissingDependencyError
+from bimo.errors import MissingDependencyError, UsageError
 
 __all__ = ["TRACKERS", "Tracker"]
 
 Settings = Mapping[str, Any]
+PROJECT = "bimo"
 
 
 class Tracker(Protocol):
@@ -45,14 +49,19 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """Weights & Biases; `wandb login`, or WANDB_MODE=offline."""
+    """Weights & Biases; `wandb login`, or WANDB_MODE=offline. Steps that come again are its first ones."""
 
     def __init__(self, folder: Path, name: str, settings: Settings, start_step: int) -> None:
         try:
             import wandb
         except ImportError:
             raise MissingDependencyError("wandb", 'trackers = ["wandb"]') from None
-        self.run = wandb.init(project="bimo", name=name, dir=str(folder), config=dict(settings), resume="allow")
+        known = _known_run(folder, "wandb", start_step)
+        with _starting("wandb", "run `wandb login`, or set WANDB_MODE=offline"):
+            self.run = wandb.init(
+                project=PROJECT, name=name, dir=str(folder), config=dict(settings), id=known, resume="allow"
+            )
+        _know_run(folder, "wandb", self.run.id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -62,7 +71,7 @@ class _Wandb:
 
 
 class _MLflow:
-    """MLflow; MLFLOW_TRACKING_URI says where, else folder/mlruns."""
+    """MLflow; MLFLOW_TRACKING_URI says where, else folder/mlflow.db: `mlflow ui --backend-store-uri sqlite:///...`."""
 
     def __init__(self, folder: Path, name: str, settings: Settings, start_step: int) -> None:
         try:
@@ -70,35 +79,70 @@ class _MLflow:
         except ImportError:
             raise MissingDependencyError("mlflow", 'trackers = ["mlflow"]') from None
         self.mlflow = mlflow
-        if not mlflow.is_tracking_uri_set():
-            mlflow.set_tracking_uri((folder / "mlruns").absolute().as_uri())
-        mlflow.set_experiment("bimo")
-        mlflow.start_run(run_name=name)
-        mlflow.log_params(dict(settings))
+        known = _known_run(folder, "mlflow", start_step)
+        with _starting("mlflow", "look at MLFLOW_TRACKING_URI"):
+            self.has_own_database = not mlflow.is_tracking_uri_set()
+            if self.has_own_database:
+                mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').absolute()}")
+            mlflow.set_experiment(PROJECT)
+            run = mlflow.start_run(run_id=known, run_name=name)
+            mlflow.log_params(dict(settings))
+        _know_run(folder, "mlflow", run.info.run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.mlflow.log_metrics({key.replace(":", "_"): value for key, value in values.items()}, step=step)
+        # in a thread of its own: a database or a network is not what a step waits for, or ends by
+        self.mlflow.log_metrics(dict(values), step=step, synchronous=False)
 
     def close(self) -> None:
+        self.mlflow.flush_async_logging()
         self.mlflow.end_run()
+        if self.has_own_database:
+            self.mlflow.set_tracking_uri(None)  # of the whole process: the next run has another
 
 
 class _SwanLab:
-    """SwanLab; `swanlab login`, or mode="local"."""
+    """SwanLab; `swanlab login`, or SWANLAB_MODE=offline."""
 
     def __init__(self, folder: Path, name: str, settings: Settings, start_step: int) -> None:
         try:
             import swanlab
         except ImportError:
             raise MissingDependencyError("swanlab", 'trackers = ["swanlab"]') from None
-        self.run = swanlab.init(project="bimo", experiment_name=name, logdir=str(folder), config=dict(settings))
-        self.swanlab = swanlab
+        known = _known_run(folder, "swanlab", start_step)
+        with _starting("swanlab", "run `swanlab login`, or set SWANLAB_MODE=offline"):
+            self.run = swanlab.init(
+                project=PROJECT, name=name, log_dir=str(folder / "swanlab"), config=dict(settings), id=known,
+                resume="allow",
+            )  # fmt: skip
+        _know_run(folder, "swanlab", self.run.id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.swanlab.log(dict(values), step=step)
+        self.run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self.swanlab.finish()
+        self.run.finish()
+
+
+@contextmanager
+def _starting(name: str, mend: str) -> Iterator[None]:
+    """A service says in many ways that it cannot be reached or does not know who asks."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f'trackers = ["{name}"] could not start ({reason}): {mend}, or leave it out', "training.trackers"
+        ) from error
+
+
+def _known_run(folder: Path, service: str, start_step: int) -> str | None:
+    """The service's name for this run, where it goes on with one."""
+    file = folder / f".{service}-run"
+    return file.read_text(encoding="utf-8") if start_step and file.is_file() else None
+
+
+def _know_run(folder: Path, service: str, run: str) -> None:
+    (folder / f".{service}-run").write_text(run, encoding="utf-8")
 
 
 TRACKERS: dict[str, Callable[[Path, str, Settings, int], Tracker]] = {

@@ -1,7 +1,7 @@
 """bimo's C++ loops. `import bimo_kernels` fails where they were not built: callers then use torch.
 
 The fused step works on NumPy arrays and needs no torch, which takes longer to import than such a model to load; the
-loops for models that run on torch are in `bimo_kernels.tensors`.
+loops for models that run on torch are in `bimo_kernels.tensors`, those of training in `bimo_kernels.training`.
 """
 
 from __future__ import annotations
@@ -44,4 +44,4 @@ __all__ = [
     "product",
 ]
 
-INTERFACE = 9  # what bimo.engine.kernels asks for; raised with every change of what is taken or given
+INTERFACE = 10  # what bimo.runtime asks for; raised with every change of what is taken or given

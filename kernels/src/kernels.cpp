@@ -19,7 +19,8 @@
 #endif
 
 namespace bimo {
-void bind_fused(nanobind::module_& m);  // fused.cpp
+void bind_fused(nanobind::module_& m);     // fused.cpp
+void bind_training(nanobind::module_& m);  // training.cpp
 }
 
 namespace {
@@ -221,4 +222,5 @@ NB_MODULE(_kernels, m) {
     m.def("store_rows", &store_rows);
     m.def("rms_norm", &rms_norm);
     bimo::bind_fused(m);
+    bimo::bind_training(m);
 }

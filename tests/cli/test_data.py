@@ -1,8 +1,9 @@
-"""`bimo data prepare` as a user meets it: the table, --json, overrides, and errors of one line."""
+"""`bimo data` as a user meets it: tables, --json, overrides, exit codes, and errors of one line."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -102,8 +103,6 @@ def test_a_recipe_that_is_not_there_or_none(tmp_path: Path, capsys: pytest.Captu
 
 def test_leaks_stop_drop_or_warn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Sayings stand in the training text as well: whole, in longer documents."""
-    import random
-
     han = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面"
     made = ["".join(random.Random(number).choices(han, k=60)) for number in range(90)]
     rows = [{"text": text} for text in made[:30]] + [{"text": "".join(made[n : n + 90 : 30])} for n in range(30)]
@@ -121,3 +120,97 @@ def test_leaks_stop_drop_or_warn(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "dropped" not in capsys.readouterr().out
     assert main([*arguments, "--set", "data.leaks=drop"]) == 0
     assert "dropped  leaks" in capsys.readouterr().out
+
+
+# --- leaks ------------------------------------------------------------------------------------------------------------
+
+POEM = "昔人已乘黄鹤去，此地空余黄鹤楼。黄鹤一去不复返，白云千载空悠悠。"
+TRADITIONAL = "昔人已乘黃鶴去，此地空餘黃鶴樓。黃鶴一去不復返，白雲千載空悠悠。"
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> Path:
+    questions = [
+        {"question": POEM},
+        {"question": "Who wrote it?"},
+        {"question": ENGLISH.format("７")},
+        {"question": CHINESE.format("九")},
+    ]
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in questions)
+    (tmp_path / "考试.jsonl").write_text(rows, encoding="utf-8")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "诗.txt").write_text(f"崔颢《黄鹤楼》\n{TRADITIONAL}\n晴川历历汉阳树", encoding="utf-8")
+    (tmp_path / "texts" / "en.txt").write_text(ENGLISH.format("7").upper(), encoding="utf-8")
+    (tmp_path / "texts" / "short.txt").write_text("Who wrote it? Nobody knows.")
+    (tmp_path / "texts" / "broken.parquet").write_bytes(b"PAR1")
+    return tmp_path
+
+
+def test_leaks_are_named_and_fail(sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["data", "leaks", str(sets / "考试.jsonl"), str(sets / "texts"), "--text", "question"]
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    first, _, *rest = shown.out.splitlines()
+    assert first == f"2 of 4 documents of {sets / '考试.jsonl'} stand in {sets / 'texts'} (3 documents)"
+    assert rest == [
+        "考试.jsonl/考试.jsonl#0: 100% of it stands in texts/诗.txt",
+        f"  {POEM}",
+        "",
+        "考试.jsonl/考试.jsonl#2: the whole text stands in texts/en.txt",
+        f"  {ENGLISH.format('７')[:120]}",
+    ]
+    assert "not read: texts/broken.parquet cannot be read" in shown.err
+    assert "error" not in shown.err
+    assert main([*arguments, "--warn"]) == 0
+
+
+def test_leaks_as_json_and_of_other_lengths(sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["data", "leaks", str(sets / "考试.jsonl"), str(sets / "texts"), "--text", "{question}", "--json"]
+    assert main([*arguments, "--n", "3"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_checked"], found["num_others"], found["words"]) == (4, 3, 3)
+    assert [leak["id"].rpartition("#")[2] for leak in found["leaks"]] == ["0", "1", "2"]
+    assert found["leaks"][1] == {
+        "id": "考试.jsonl/考试.jsonl#1",
+        "kind": "passages",
+        "share": 1.0,
+        "found_in": "texts/short.txt",
+        "text": "Who wrote it?",
+    }
+    assert [damage["id"] for damage in found["damages"]] == ["texts/broken.parquet"]
+
+
+def test_leaks_of_prepared_runs(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["data", "prepare", str(recipe), "--out", str(run), "--set", "data.validation=0.4"]) == 0
+    capsys.readouterr()
+    assert main(["data", "leaks", f"{run}:validation", str(run), "--json"]) == 0
+    apart = json.loads(capsys.readouterr().out)
+    assert apart["num_checked"] > 0 and apart["num_checked"] + apart["num_others"] == 8
+    assert main(["data", "leaks", str(run / "data"), str(tmp_path / "texts"), "--json"]) == 1
+    inside = json.loads(capsys.readouterr().out)
+    assert len(inside["leaks"]) == inside["num_checked"] == apart["num_others"]
+    assert {leak["kind"] for leak in inside["leaks"]} == {"text"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["texts", "texts"], 2, "both sets are the same"),
+        (["missing.txt", "texts"], 2, "there is no file or folder"),
+        (["texts:validation", "考试.jsonl"], 2, "is no folder that `bimo data prepare` has finished"),
+        (["考试.jsonl", "texts"], 1, "rows without the field 'text' (they have 'question')"),
+        (["texts", "empty.txt"], 1, "there is no document in"),
+        (["texts", "考试.jsonl", "--n", "1"], 2, "--n"),
+    ],
+)
+def test_leaks_of_nothing(
+    sets: Path, arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sets / "empty.txt").write_text("")
+    places = [str(sets / each) if "--" not in each and each != "1" else each for each in arguments]
+    assert main(["data", "leaks", *places]) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert words in shown.err
+    assert shown.err.splitlines()[-1].startswith("error: ")

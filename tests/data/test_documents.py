@@ -29,7 +29,7 @@ HOSTILE = [
 ]
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=50)
 messages = st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant"]), texts), max_size=3).map(tuple)
-made = st.builds(Document, texts, texts, texts, texts, texts, messages)
+made = st.builds(Document, texts, texts, texts, texts, texts, messages, texts)
 
 
 def write(file: Path, rows: list[Document]) -> Path:
@@ -70,9 +70,9 @@ def test_both_ways_are_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     asked = []
     real = pyarrow.parquet.ParquetFile.iter_batches
 
-    def counted(self: object, size: int, groups: list[int], columns: list[str]) -> object:
+    def counted(self: object, size: int, groups: list[int], columns: list[str], **settings: object) -> object:
         asked.append(groups)
-        return real(self, size, groups, columns)
+        return real(self, size, groups, columns, **settings)
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", counted)
     stream = read_documents([file])

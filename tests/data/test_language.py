@@ -16,6 +16,11 @@ from bimo.data.language import DIGIT, HAN, LATIN, SPACE, count_kinds, identify
         ("學而時習之，不亦說乎？", "zh"),
         ("床前明月光", "zh"),
         ("使用 TensorFlow 的 Keras API 训练模型", "zh"),
+        (
+            "至框架\nAnchors the object to a surrounding frame.\n要访问此命令...\n"
+            "Choose Format - Anchor - To Frame.\n相关主题\nAnchor",
+            "zh",
+        ),
         ("奶茶の店铺非常有名，我们都喜欢去那里喝奶茶", "zh"),
         ("東京の図書館に行きました", "ja"),
         ("안녕하세요, 만나서 반갑습니다", "ko"),

@@ -415,6 +415,112 @@ def test_dialogues_keep_their_turns(tmp_path: Path) -> None:
     assert all(document.text == "\n".join(turn.content for turn in document.messages) for document in found)
 
 
+def page(rows: dict[str, str]) -> str:
+    return "<html><body>" + "".join(f'<p id="{key}">{text}</p>' for key, text in rows.items()) + "</body></html>"
+
+
+@pytest.fixture
+def translated(tmp_path: Path) -> Path:
+    """200 pages in two languages; on each five sentences of its own, one of all pages, and one that nobody translated.
+    Pages 3 and 4 have a sentence in common, which they translate differently."""
+    for number in range(200):
+        own = {f"p{place}": (english((number, place), 8), chinese((number, place), 12)) for place in range(5)}
+        rows = own | {"all": ("Click OK.", "单击“确定”。"), "same": (f"=SUM({number})", f"「=SUM({number})」")}
+        if number in (3, 4):
+            rows["both"] = ("Opens a window.", ("打开窗口。", "开启一扇视窗。")[number - 3])
+        make(tmp_path / "en-US" / f"{number}.html", page({key: one for key, (one, _) in rows.items()}))
+        make(tmp_path / "zh-CN" / f"{number}.html", page({key: other for key, (_, other) in rows.items()}))
+    return tmp_path
+
+
+def pairs(folder: Path, **data: Any) -> Any:
+    twin = {"path": str(folder), "replace": ["en-US", "zh-CN"]}
+    source = {"files": ["en-US/*.html"], "language": "zh", "parallel": twin}
+    return recipe(folder, source=source, **data)
+
+
+def test_pairs_of_a_page_stay_together(translated: Path, tmp_path: Path) -> None:
+    prepared = prepare(pairs(translated, validation=0.2, leaks="drop"), tmp_path / "run", workers=1)
+    train, validation = documents(prepared), documents(prepared, "validation")
+    groups = [{document.group for document in part} for part in (train, validation)]
+    assert not groups[0] & groups[1]
+    assert len(groups[0] | groups[1]) == 200
+    assert 20 <= len(groups[1]) <= 60
+    assert totals(prepared, "dropped")["untranslated"] == 200
+    assert totals(prepared, "dropped")["exact_duplicates"] == 199
+    assert sum(document.prompt == "Click OK." for document in train + validation) == 1
+    assert len(train) + len(validation) == 1000 + 1 + 2 - totals(prepared, "dropped").get("leaks", 0)
+    assert prepared.manifest["num_damages"] == 0
+    for document in train + validation:
+        question, answer = document.messages
+        assert document.text == f"{question.content}\n{answer.content}"
+        assert document.language == "zh"
+
+
+def test_a_pair_whose_source_stands_in_training_leaves_validation(translated: Path, tmp_path: Path) -> None:
+    """Of pages 3 and 4, one is for validation at some share."""
+    for share in range(5, 100, 5):
+        prepared = prepare(pairs(translated, validation=share / 100, leaks="warn"), tmp_path / "run", workers=1)
+        held_out = {document.group.rpartition("/")[2] for document in documents(prepared, "validation")}
+        if len(held_out & {"3.html", "4.html"}) == 1:
+            break
+    leaked = prepared.manifest["leaks"]["leaked"]
+    assert [name.rpartition("#")[2] for name in leaked] == ["both"]
+    dropped = prepare(pairs(translated, validation=share / 100, leaks="drop"), tmp_path / "other", workers=1)
+    assert totals(dropped, "dropped")["leaks"] == 1
+    assert "Opens a window." not in {document.prompt for document in documents(dropped, "validation")}
+
+
+def test_the_same_question_is_not_divided(tmp_path: Path) -> None:
+    rows = [{"question": f"问题{n // 4}：{chinese(n // 4, 8)}", "answer": chinese(("a", n), 20)} for n in range(800)]
+    file = make(tmp_path / "qa.jsonl", rows)
+    asked = {"prompt": "{question}", "answer": "{answer}"}
+    prepared = prepare(recipe(file, source=asked, validation=0.3), tmp_path / "run", workers=1)
+    train, validation = documents(prepared), documents(prepared, "validation")
+    assert len(train) + len(validation) == 800
+    assert 30 <= len({document.prompt for document in validation}) <= 90
+    assert not {document.prompt for document in train} & {document.prompt for document in validation}
+    assert prepared.manifest["leaks"]["leaked"] == []
+
+
+def test_a_twin_that_changed_is_read_again(translated: Path, tmp_path: Path) -> None:
+    settings = pairs(translated, validation=0)
+    before = {document.id: document.text for document in documents(prepare(settings, tmp_path / "run", workers=1))}
+    changed = chinese("another", 12)
+    make(translated / "zh-CN" / "7.html", page({"p0": changed}))
+    prepared = prepare(settings, tmp_path / "run", workers=1)
+    after = {document.id: document.text for document in documents(prepared)}
+    assert {name for name in before if name not in after} == {
+        f"{translated.name}/en-US/7.html#p{n}" for n in (1, 2, 3, 4)
+    }
+    assert [after[name].split("\n")[1] for name in after if after[name] != before[name]] == [changed]
+    assert prepared.manifest["num_damages"] == 1
+
+
+@pytest.mark.parametrize(
+    ("language", "expected"), [("zh", "学习电脑设定"), ("ja", "學習電腦設定"), (None, "学习电脑设定")]
+)
+def test_only_chinese_becomes_simplified(tmp_path: Path, language: str | None, expected: str) -> None:
+    file = make(tmp_path / "a.jsonl", [{"text": "學習電腦設定"}])
+    source = {"language": language} if language else {}
+    prepared = prepare(recipe(file, source=source, clean={"min_chars": 2}, validation=0), tmp_path / "run", workers=1)
+    assert [document.text for document in documents(prepared)] == [expected]
+
+
+def test_tags_that_a_page_shows_stay(tmp_path: Path) -> None:
+    text = "Write &lt;br&gt; for a new line, and &amp;eacute; for an accent; it stands in the text of the page."
+    make(tmp_path / "a" / "1.html", f"<body><p>{text}</p><p>Back to top</p></body>")
+    make(
+        tmp_path / "a" / "2.txt",
+        "<p>Of a plain text the <b>tags</b> are left over, and go with all that they hold.</p>",
+    )
+    prepared = prepare(recipe(tmp_path / "a", validation=0), tmp_path / "run", workers=1)
+    assert [document.text for document in documents(prepared)] == [
+        "Write <br> for a new line, and &eacute; for an accent; it stands in the text of the page.",
+        "Of a plain text the tags are left over, and go with all that they hold.",
+    ]
+
+
 def test_mojibake_is_mended_before_its_language_is_found(tmp_path: Path) -> None:
     broken = chinese("m").encode().decode("latin-1")
     source = make(tmp_path / "a.jsonl", [{"text": broken}])

@@ -516,3 +516,93 @@ def test_a_format_that_is_named_wins(file: Any) -> None:
     assert texts(file("poem.dat", POEM.encode("gbk")), format="txt") == [POEM.strip()]
     assert texts(file("rows.log", '{"text": "一"}\n'), format="jsonl") == ["一"]
     assert texts(file("poem.txt.gz", gzip.compress(POEM.encode()))) == [POEM.strip()]
+
+
+# --- lines with fields, parallel pages --------------------------------------------------------------------------------
+
+
+def test_lines_that_a_pattern_parts(file: Any) -> None:
+    wordnet = (
+        "  1 This software and database is being provided to you\n"
+        "00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | that which is perceived\n"
+        "\n"
+        "00001930 03 n 01 river 0 001 @ 00001740 n 0000 | 河流 | a stream\n"
+        "broken"
+    )
+    settings = {
+        "format": "txt",
+        "line": r"^(?P<number>\d{8}) .*? \| (?P<gloss>.*)",
+        "text": "{number}: {gloss}",
+    }
+    documents, (damage,) = read(file("data.noun", wordnet), **settings)
+    assert [(document.id, document.text) for document in documents] == [
+        ("源/data.noun#1", "00001740: that which is perceived"),
+        ("源/data.noun#3", "00001930: 河流 | a stream"),
+    ]
+    assert damage.reason == "has lines that the source's `line` does not fit: 2, the first is number 1"
+    assert reason(file("blank.noun", "\n\n"), **settings) == "holds no text"
+
+
+ENGLISH_PAGE = """<html><title>Keys</title><body><nav><p id="n">Home</p></nav>
+<h1 id="hd_1"><a name="x"></a>Shortcut
+   keys</h1><p id="p1">Press <b>Ctrl</b>, or <span><i hidden>Command</i><i hidden>Alt</i></span>.</p>
+<ul><li id="li1"><p id="p2">First</p></li><li id="li2">Second &lt;b&gt;</li></ul>
+<p id="p3">Only English</p><p id="p4">  </p><p>No id</p><p id="twice">one</p><p id="twice">two</p></body></html>"""
+CHINESE_PAGE = """<html><body><nav><p id="n">首页</p></nav>
+<p id="p2">第一</p><h1 id="hd_1">快捷
+键</h1><p id="p1">按 <b>Ctrl</b> 或 <span><i hidden>Command</i><i hidden>Alt</i></span>。</p>
+<p id="li2">第二 &lt;b&gt;</p><p id="p4">多余</p><p id="twice">一</p><p id="twice">二</p></body></html>"""
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Path:
+    for name, page in (("en/a/1.html", ENGLISH_PAGE), ("zh/a/1.html", CHINESE_PAGE)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(page, encoding="utf-8")
+    return tmp_path
+
+
+def test_paragraphs_with_the_same_id_are_pairs(pages: Path) -> None:
+    documents, damages = read(pages / "en", language="zh", parallel={"path": str(pages / "zh")})
+    found = {document.id: tuple(message.content for message in document.messages) for document in documents}
+    assert found == {
+        "源/a/1.html#hd_1": ("Shortcut keys", "快捷键"),
+        "源/a/1.html#p1": ("Press Ctrl, or Alt.", "按 Ctrl 或 Alt。"),
+        "源/a/1.html#p2": ("First", "第一"),
+        "源/a/1.html#li2": ("Second <b>", "第二 <b>"),
+        "源/a/1.html#twice": ("one", "一"),
+        "源/a/1.html#twice@2": ("two", "二"),
+    }
+    first = documents[0]
+    assert [message.role for message in first.messages] == ["user", "assistant"]
+    assert (first.text, first.language, first.title) == ("Shortcut keys\n快捷键", "zh", "Keys")
+    assert {document.group for document in documents} == {"源/a/1.html"}
+    assert [damage.reason for damage in damages] == [
+        "has paragraphs whose id the twin has not: 1, the first is number 5",
+        "has in its twin paragraphs whose id it has not: 1, the first is number 5",
+    ]
+
+
+def test_twins_that_are_missing_or_broken_are_counted(pages: Path) -> None:
+    (pages / "en/b.html").write_text(ENGLISH_PAGE, encoding="utf-8")
+    (pages / "en/c.html").write_text(ENGLISH_PAGE, encoding="utf-8")
+    (pages / "zh/c.html").write_bytes(bytes(range(256)) * 50)
+    (pages / "en/d.html").write_text("")
+    (pages / "zh/d.html").write_text(CHINESE_PAGE, encoding="utf-8")
+    (pages / "en/e.txt").write_text("no page")
+    documents, damages = read(pages / "en", parallel={"path": str(pages / "zh")})
+    assert {document.group for document in documents} == {"源/a/1.html"}
+    reasons = {damage.id: damage.reason for damage in damages if "a/1" not in damage.id}
+    assert reasons == {
+        "源/b.html": f"has no twin in {pages / 'zh'}",
+        "源/c.html": "has a twin that is not text",
+        "源/d.html": "is empty",
+        "源/e.txt": "is no HTML page: parallel documents are",
+    }
+
+
+def test_of_hidden_alternatives_the_last_is_shown(file: Any) -> None:
+    page = "<body><p>Choose <span><b hidden>Preferences</b> <b hidden>Options</b></span>.</p><p hidden>x</p>{}</body>"
+    assert texts(file("a.html", page.format(""))) == ["Choose Options."]
+    with_text = page.format("<div>text <i hidden>a</i><i hidden>b</i></div>")
+    assert texts(file("b.html", with_text)) == ["Choose Options.\ntext"]

@@ -200,3 +200,57 @@ def test_the_same_list_in_every_run(tree: Path) -> None:
     first = files_of(source(tree), silent)
     assert first == files_of(source(tree), silent)
     assert all(isinstance(file, SourceFile) and hash(file) for file in first)
+
+
+def parallel(root: Path, twins: Path, replace: list[str] | None = None, **settings: object) -> SourceRecipe:
+    return source(root, parallel={"path": str(twins), "replace": replace}, **settings)
+
+
+@pytest.fixture
+def languages(tmp_path: Path) -> Path:
+    for name in ("docs/en/a.html", "docs/en/b.html", "docs/zh/a.html", "docs/zh/文/c.html"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("<p id=x>x</p>")
+    return tmp_path
+
+
+def test_twins_are_found_by_name(languages: Path) -> None:
+    recipe = parallel(languages, languages, ["/en/", "/zh/"], files=["docs/en/*"])
+    found = {file.name: file.twin and file.twin.name for file in files_of(recipe, silent)}
+    assert found == {"docs/en/a.html": "docs/zh/a.html", "docs/en/b.html": None}
+    files = files_of(parallel(languages / "docs/en", languages / "docs/zh"), silent)
+    assert [file.twin is not None for file in files] == [True, False]
+
+
+def test_twins_inside_an_archive(languages: Path) -> None:
+    with zipfile.ZipFile(languages / "zh.zip", "w") as archive:
+        archive.write(languages / "docs/zh/a.html", "a.html")
+    first, second = files_of(parallel(languages, languages, ["docs/en", "zh.zip"], files=["docs/en/*"]), silent)
+    assert first.twin is not None and first.twin.member == "a.html"
+    assert second.twin is None
+
+
+def test_a_replacement_that_fits_nothing_is_explained(languages: Path) -> None:
+    with pytest.raises(UsageError, match=r"no file's path holds 'en-US', the first is docs/en/a.html: replace names"):
+        files_of(parallel(languages, languages, ["en-US", "zh"]), silent)
+    with pytest.raises(UsageError, match=r"none of its files has a twin in .*: docs/zh-CN/a.html is looked for, there"):
+        files_of(parallel(languages, languages, ["en", "zh-CN"], files=["docs/en/*"]), silent)
+    with pytest.raises(UsageError, match="there is no file or folder"):
+        files_of(parallel(languages, languages / "missing", ["en", "zh"]), silent)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"format": "txt", "parallel": {"path": "x"}}, "parallel documents are HTML pages"),
+        ({"prompt": "{a}", "answer": "{b}", "parallel": {"path": "x"}}, "have no effect beside parallel"),
+        ({"parallel": {"path": "x", "replace": ["", "zh"]}}, "replace names a part of"),
+        ({"parallel": {"replace": ["a", "b"]}}, "path"),
+        ({"line": "(?P<a>.)"}, 'write format = "txt" beside it'),
+        ({"format": "txt", "line": "(?P<a>"}, "line is not a regular expression"),
+        ({"format": "txt", "line": "a.*"}, "line names no field"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SourceRecipe.model_validate({"name": "a", "path": "b", **settings})

@@ -113,6 +113,7 @@ def test_cross_entropy_in_slices(smoothing: float, count: int, monkeypatch: pyte
     import bimo.objectives.cross_entropy as module
 
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", 97 * 64)  # several slices
+    monkeypatch.setattr(module, "SLOPES_AT_ONCE", 97 * 160)
     hidden = torch.randn(count, 16, requires_grad=True)
     weight = torch.randn(97, 16, requires_grad=True)
     targets = torch.randint(0, 97, (count,))

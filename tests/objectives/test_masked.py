@@ -16,7 +16,6 @@ from bimo.objectives.masked import (
     mask_tokens,
     masked_loss,
     next_sentence_loss,
-    sentence_pairs,
     word_numbers,
 )
 
@@ -236,26 +235,3 @@ def test_next_sentence_is_a_judgement_on_the_pair() -> None:
     expected = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))) / 2
     assert next_sentence_loss(logits, torch.tensor([0, 1])).item() == pytest.approx(expected)
     assert next_sentence_loss(logits, torch.tensor([1, 0])).item() == pytest.approx(expected + 1.5)
-
-
-# --------------------------------------------------------------------------------------------------------------- pairs
-def test_pairs_are_half_following_and_half_from_another_document() -> None:
-    documents = [[f"文{number}-{place}" for place in range(30)] for number in range(40)]
-    documents[7:7] = [[]]
-    pairs = list(sentence_pairs(documents, generator()))
-    assert len(pairs) == 40 * 29
-    for first, second, label in pairs:
-        (document, place), (other, other_place) = first[1:].split("-"), second[1:].split("-")
-        assert label == int(document != other)
-        if not label:
-            assert int(other_place) == int(place) + 1
-    labels = [label for *_, label in pairs]
-    assert abs(sum(labels) / len(labels) - 0.5) < 4 * 0.5 / math.sqrt(len(labels))
-    assert {second[1:].split("-")[0] for _, second, label in pairs if label} == {str(n) for n in range(40)}
-    assert list(sentence_pairs(documents, generator())) == pairs
-    assert list(sentence_pairs(documents, generator(1))) != pairs
-
-
-def test_one_document_cannot_be_paired() -> None:
-    with pytest.raises(UsageError, match="at least two documents"):
-        list(sentence_pairs([["一", "二"], []], generator()))

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,15 @@ from safetensors.torch import load_file
 
 from bimo.errors import UsageError
 from bimo.objectives.causal import causal_loss
+from bimo.objectives.kinds import make_objective
 from bimo.recipe import Recipe
 from bimo.runtime import Ranks, ranks
+from bimo.tokenizer.train import SEQ2SEQ_TOKENS
+from bimo.training.build import build_model, model_config
 from bimo.training.checkpoint import checkpoints
 from bimo.training.loop import StepInfo
 from bimo.training.session import Evaluation, Texts, train_run
-from tests.training.tiny import build, make_recipe
+from tests.training.tiny import build, make_recipe, make_texts
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("ddp", "fsdp")
@@ -39,9 +41,24 @@ def recipe_of(kind: str, optimizer: str = "adamw", **training: Any) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dropout": 0.0})})
 
 
+def other_models(parallel: str) -> dict[str, Recipe]:
+    """Blocks with cross-attention, and a model without blocks."""
+    recipe = recipe_of(parallel)
+    shapes: dict[str, Any] = {"bart": {"kind": "seq2seq", "family": "bart"}, "lstm": {"kind": "lstm"}}
+    models = {name: recipe.model.model_copy(update=shape) for name, shape in shapes.items()}
+    denoise = recipe.objective.model_copy(update={"kind": "denoise"})
+    objectives = {"bart": denoise, "lstm": recipe.objective}
+    return {
+        name: recipe.model_copy(update={"model": model, "objective": objectives[name]})
+        for name, model in models.items()
+    }
+
+
 def play(recipe: Recipe, folder: Path, texts: Texts, until: int = STEPS, ranks: Ranks = Ranks()) -> list[Any]:
     """The events of a run up to a step."""
-    events = train_run(recipe, folder, build(recipe, texts), causal_loss, texts, print, ranks)
+    objective, make_loader = make_objective(recipe, texts.tokenizer)
+    model = build_model(model_config(recipe.model, recipe.objective, texts.tokenizer), recipe.seed)
+    events = train_run(recipe, folder, model, objective, texts, print, ranks, make_loader)
     seen: list[Any] = []
     for event in events:
         seen.append(event)
@@ -59,9 +76,10 @@ def numbers(events: list[Any]) -> list[list[float]]:
 
 
 SCRIPT = """
-import json, sys
+import errno, json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+import torch.distributed.checkpoint as dcp
 folder, texts_folder = Path(sys.argv[2]), Path(sys.argv[3])
 from bimo.data.shards import TokenFile
 from bimo.objectives.causal import Loss, causal_loss
@@ -69,7 +87,7 @@ from bimo.runtime import ranks
 from bimo.tokenizer.load import Tokenizer
 from bimo.training.distributed import from_main, process_group
 from bimo.training.session import Texts, train_run
-from tests.training.test_distributed import HALF, KINDS, build, numbers, play, recipe_of
+from tests.training.test_distributed import HALF, KINDS, build, numbers, other_models, play, recipe_of
 
 train, validation = ({name: TokenFile.open(texts_folder / f"{name}-{part}") for name in ("en", "zh")} for part in "tv")
 texts = Texts(train, validation, Tokenizer.from_directory(texts_folder / "tokenizer"))
@@ -82,7 +100,25 @@ def bad(model, batch, **options):
     loss = causal_loss(model, batch, **options)
     return Loss(loss.total * float("nan"), loss.num_targets) if mine.rank == 1 and calls > 12 else loss
 
+class Writer(dcp.HuggingFaceStorageWriter):
+    # the second process finds its disk full at the second checkpoint, and dies in the middle of the fourth
+    saved = 0
+
+    def write_data(self, *inputs):
+        Writer.saved += 1
+        done = super().write_data(*inputs)
+        if mine.rank == 1 and Writer.saved == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if mine.rank == 1 and Writer.saved == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
 with process_group(mine):
+    if sys.argv[4] == "die":
+        dcp.HuggingFaceStorageWriter = Writer
+        said = lambda text: (folder / f"said-{mine.rank}").open("a").write(text + "\\n")
+        recipe = recipe_of("fsdp", eval_every=100, checkpoint_minutes=0)
+        list(train_run(recipe, folder / "run", build(recipe, texts), causal_loss, texts, said, mine))
     if sys.argv[4] == "nan":
         recipe = recipe_of("ddp", eval_every=100)
         list(train_run(recipe, folder / "nan", build(recipe, texts), bad, texts, print, mine))
@@ -93,6 +129,10 @@ with process_group(mine):
             found[f"{kind} {optimizer}"] = numbers(play(recipe, folder / f"{kind}-{optimizer}", texts, ranks=mine))
         found[f"{kind} from 1"] = numbers(play(recipe_of(kind), folder / f"{kind}-from-1", texts, ranks=mine))
         found[f"{kind} half"] = numbers(play(recipe_of(kind), folder / f"{kind}-from-2", texts, HALF, ranks=mine))
+        for name, recipe in other_models(kind).items():
+            found[f"{kind} {name}"] = numbers(play(recipe, folder / f"{kind}-{name}", texts, ranks=mine))
+        play(recipe_of(kind), folder / f"{kind}-twice", texts, HALF, ranks=mine)
+        found[f"{kind} twice"] = numbers(play(recipe_of(kind), folder / f"{kind}-twice", texts, ranks=mine))
     (folder / f"{mine.rank}.json").write_text(json.dumps(found))
 """
 
@@ -113,13 +153,10 @@ def script(folder: Path, texts: Texts, mode: str) -> subprocess.CompletedProcess
     return torchrun(str(file), str(ROOT), str(folder), str(texts.tokenizer.directory.parent), mode)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As torchrun has it; and small models are not slowed by what else runs here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    """With the tokens that an encoder-decoder needs."""
+    return make_texts(tmp_path_factory.mktemp("texts"), SEQ2SEQ_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +201,12 @@ def test_two_processes_learn_what_one_learns(one: Any, two: Any, kind: str, opti
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["bart", "lstm"])
+def test_other_models_learn_alike(two: Any, texts: Texts, kind: str, name: str, tmp_path: Path) -> None:
+    assert_same(two[1][f"{kind} {name}"], numbers(play(other_models("auto")[name], tmp_path, texts)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_go_on_from_one(one: Any, two: Any, kind: str) -> None:
     found, whole = two[1][f"{kind} from 1"], one[1]["adamw"]
     assert_same(found[: STEPS - HALF], whole[HALF:STEPS])
@@ -177,6 +220,58 @@ def test_one_goes_on_from_two(one: Any, two: Any, texts: Texts, kind: str, tmp_p
     assert_same(found[: STEPS - HALF], one[1]["adamw"][HALF:STEPS])
     rows = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows if '"grad_norm"' in row] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_go_on_from_two(one: Any, two: Any, kind: str) -> None:
+    assert_same(two[1][f"{kind} twice"][: STEPS - HALF], one[1]["adamw"][HALF:STEPS])
+
+
+def test_each_process_writes_its_part(two: Any) -> None:
+    (path,) = checkpoints(two[0] / "fsdp-from-2" / "checkpoints")
+    sizes = [
+        sum(tensor.nbytes for file in path.glob(f"optimizer/shard-0000{rank}-*") for tensor in load_file(file).values())
+        for rank in (1, 2)
+    ]
+    assert 0.4 < sizes[0] / sum(sizes) < 0.6
+    assert {file.suffix for file in path.rglob("*") if file.is_file()} <= {".safetensors", ".json", ".jinja"}
+    assert (path / "model.safetensors").is_file()  # `bimo generate` reads it
+
+
+@pytest.fixture(scope="module")
+def died(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes saved after every step; of one the disk was full at the second, and it died in the fourth."""
+    folder = tmp_path_factory.mktemp("died")
+    result = script(folder, texts, "die")
+    assert result.returncode != 0 and "Signal 9" in result.stderr, result.stderr[-3000:]
+    return folder
+
+
+def test_a_full_disk_in_one_process_is_known_to_all(died: Path) -> None:
+    for rank in (0, 1):
+        said = (died / f"said-{rank}").read_text().splitlines()
+        assert len(said) == 1 and "step-00000002 could not be written (No space left on device)" in said[0]
+
+
+def test_a_process_killed_while_saving_leaves_whole_checkpoints(
+    died: Path, one: Any, texts: Texts, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(died / "run", tmp_path / "run")
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-00000001", "step-00000003"]
+    found = [row for row in numbers(play(recipe_of("auto", checkpoint_minutes=0), folder, texts)) if len(row) == 4]
+    assert_same(found, one[1]["adamw"][3:STEPS])
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_a_missing_part_gives_way_to_the_checkpoint_before(died: Path, one: Any, texts: Texts, tmp_path: Path) -> None:
+    folder = shutil.copytree(died / "run", tmp_path / "run")
+    part = next(folder.glob("checkpoints/step-00000003/optimizer/shard-00002-*"))
+    part.unlink()
+    said: list[str] = []
+    recipe = recipe_of("auto")
+    events = list(train_run(recipe, folder, build(recipe, texts), causal_loss, texts, said.append))
+    assert len(said) == 1 and "step-00000003 is damaged" in said[0] and f"{part.name} is missing" in said[0]
+    assert_same([row for row in numbers(events) if len(row) == 4], one[1]["adamw"][1:STEPS])
 
 
 def test_the_model_of_two_speaks(two: Any) -> None:

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from bimo.errors import UsageError
+from bimo.models.config import Seq2SeqConfig
+from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+from bimo.models.seq2seq import EncoderDecoder
 from bimo.objectives.causal import causal_loss
 from bimo.recipe import TrainingRecipe
 from bimo.training.loop import StepInfo, current_stage
@@ -59,3 +63,27 @@ def test_smoothing_and_bfloat16_train(texts: Texts, tmp_path: Path) -> None:
     for name, settings in (("smooth", {"label_smoothing": 0.1}), ("half", {"dtype": "bfloat16"})):
         losses = curve(texts, tmp_path / name, learning_rate=1e-2, **settings)
         assert losses[-1] < losses[0] - 0.2
+
+
+def test_muon_takes_the_matrices_of_all_blocks_and_of_blocks_only() -> None:
+    recipe = make_recipe(optimizer="muon").training
+    shape = {"vocab_size": 100, "hidden_size": 32, "max_positions": 16}
+    model = EncoderDecoder(
+        Seq2SeqConfig.of_family(
+            "t5",
+            **shape,
+            num_encoder_layers=1,
+            num_decoder_layers=2,
+            num_heads=2,
+            head_dim=16,
+            intermediate_size=64,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    muon, _ = make_optimizers(model, recipe)
+    inner = {id(weight) for group in muon.param_groups for weight in group["params"]}
+    assert inner == {id(weight) for layer in model.layers for weight in layer.parameters() if weight.ndim >= 2}
+    with pytest.raises(UsageError, match="this model has none"):
+        make_optimizers(LSTMLanguageModel(LSTMConfig(vocab_size=100, hidden_size=32, num_layers=1)), recipe)

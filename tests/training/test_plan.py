@@ -11,7 +11,6 @@ import torch
 
 import bimo.training.plan as planning
 from bimo import runtime
-from bimo.cli.stages import decoder_config
 from bimo.data.loader import PackedLoader
 from bimo.data.shards import TokenFile
 from bimo.errors import UsageError
@@ -20,6 +19,7 @@ from bimo.models.decoder import Decoder
 from bimo.models.initial import init_weights
 from bimo.objectives.causal import causal_loss
 from bimo.recipe import ModelRecipe, TrainingRecipe, load_recipe
+from bimo.training.build import decoder_config
 from bimo.training.plan import (
     LADDER,
     Plan,

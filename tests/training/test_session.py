@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def losses(folder: Path) -> list[dict[str, Any]]:
 
 def start(folder: Path, optimizer: str) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).parents[2])
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), optimizer, root], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", SCRIPT, str(folder), optimizer, root]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -134,7 +136,7 @@ def test_the_average_is_what_is_scored_and_saved(texts: Texts, tmp_path: Path) -
         model.get_parameter(name).data.copy_(tensor)
     state = TrainingState(model, [], PackedLoader([texts.train["en"]], length=32))
     sizes = bytes_of_tokens(texts.tokenizer)
-    assert validate(state, causal_loss, recipe.training, texts.validation, sizes, 32) == evaluation.scores
+    assert validate(state, causal_loss, recipe.training, texts.validation, sizes, 32, PackedLoader) == evaluation.scores
 
 
 def test_who_leaves_loses_nothing(texts: Texts, tmp_path: Path) -> None:

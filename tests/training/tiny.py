@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bimo.cli.stages import decoder_config
 from bimo.data.records import Document
 from bimo.data.shards import encode_documents, write_tokens
 from bimo.models.decoder import Decoder
@@ -13,14 +13,15 @@ from bimo.models.initial import init_weights
 from bimo.recipe import Recipe
 from bimo.tokenizer.load import Tokenizer
 from bimo.tokenizer.train import save_tokenizer, train_tokenizer
+from bimo.training.build import decoder_config
 from bimo.training.session import Texts
 
 TEXTS = Path(__file__).parents[2] / "benchmarks" / "texts"
 
 
-def make_texts(folder: Path) -> Texts:
+def make_texts(folder: Path, extra: Sequence[str] = ()) -> Texts:
     contents = {name: (TEXTS / f"{name}.txt").read_text(encoding="utf-8").split("\n") for name in ("en", "zh")}
-    backend = train_tokenizer([line for lines in contents.values() for line in lines], vocab_size=600)
+    backend = train_tokenizer([line for lines in contents.values() for line in lines], vocab_size=600, extra=extra)
     save_tokenizer(backend, folder / "tokenizer")
     tokenizer = Tokenizer.from_directory(folder / "tokenizer")
     train, validation = {}, {}
