@@ -356,6 +356,11 @@ class Recipe(_Section):
         if self.objective_kind not in OBJECTIVES[self.model.kind]:
             can = " or ".join(OBJECTIVES[self.model.kind])
             raise ValueError(f"a model of kind {self.model.kind} learns {can}, not {self.objective_kind}")
+        if self.report.questions and self.model.kind in ("encoder", "seq2seq"):
+            raise ValueError(f"report.questions are a chat, which a model of kind {self.model.kind} does not hold: use "
+                             f"report.prompts")  # fmt: skip
+        if self.training.curriculum and self.objective_kind == "seq2seq":
+            raise ValueError("training.curriculum has no effect on pairs, whose length is their own: leave it out")
         if self.objective.r_drop and self.objective_kind == "masked" and self.objective.next_sentence:
             raise ValueError("objective.r_drop is of words, not of relations: set objective.next_sentence to false")
         if self.objective.r_drop and not self.model.dropout:
@@ -435,8 +440,8 @@ def _explain(error: ValidationError) -> str:
         near = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
         known = f"did you mean {near[0]}?" if near else f"known there: {', '.join(section.model_fields)}"
         return f"there is no key {place}; {known}"
-    got = "" if first["type"] == "missing" else f", not {first['input']!r:.80}"
-    return f"{place}: {first['msg'].removeprefix('Value error, ')}{got}"
+    got = "" if first["type"] == "missing" or isinstance(first["input"], dict) else f", not {first['input']!r:.80}"
+    return f"{place}: ".removeprefix(": ") + first["msg"].removeprefix("Value error, ") + got
 
 
 def _section_of(annotation: Any) -> Any:

@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAIRS = [("README.md", "README.zh.md")] + [
     (f"docs/en/{name}.md", f"docs/zh/{name}.md")
-    for name in ("cluster", "index", "models", "python", "recipes", "server", "speed", "training")
+    for name in ("cluster", "index", "kinds", "models", "python", "recipes", "server", "speed", "training")
 ]
 TORCHRUN = {
     *("--nnodes", "--nproc-per-node", "--standalone", "--shutdown-timeout"),
@@ -182,8 +182,8 @@ def test_commands_exist(name: str) -> None:
         assert command in commands, command
     for target in re.findall(r"\bmake ([a-z]+)\b", code):
         assert target in targets, target
-    known = {option for command in commands.values() for parameter in command.params for option in parameter.opts}
-    known |= {option for command in commands.values() for p in command.params for option in p.secondary_opts}
+    every = [*commands.values(), *(c for group in commands.values() for c in getattr(group, "commands", {}).values())]
+    known = {option for command in every for p in command.params for option in (*p.opts, *p.secondary_opts)}
     # pip's, curl's and torchrun's own options are not ours
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
         assert option in known | TORCHRUN | {"--debug", "--extra-index-url", "--no-deps", "--wheel-dir"}, option

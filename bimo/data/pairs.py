@@ -24,7 +24,9 @@ from bimo.data.records import Document
 from bimo.data.shards import TokenFile
 from bimo.tokenizer.load import Tokenizer
 
-__all__ = ["PairBatch", "PairLoader", "encode_pairs", "pad_rows", "pair_batch"]
+__all__ = ["PairBatch", "PairLoader", "encode_pairs", "pad_rows", "pair_batch", "width_of"]
+
+COLUMNS = 16  # lengths are rounded up to it, see objectives.rows
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,9 @@ class PairBatch:
         return len(self.input_ids)
 
     def rows(self, part: slice) -> PairBatch:
-        """Some of its rows, without columns that are padding in all of them."""
+        """Some of its rows, without most of the columns that are padding in all of them."""
         mask, targets = self.source_mask[part], self.targets[part]
-        source = max(1, int(mask.sum(1).max(initial=0)))
-        target = max(1, int((targets != IGNORED).sum(1).max(initial=0)))
+        source, target = width_of(mask), width_of(targets != IGNORED)
         return PairBatch(
             self.source_ids[part, :source],
             mask[:, :source],
@@ -69,9 +70,16 @@ class PairBatch:
         return PairBatch(one, one == 0, one, one + IGNORED)
 
 
+def width_of(mask: NDArray[np.bool_]) -> int:
+    """Columns of (B, T) that the longest row needs, rounded up."""
+    longest = int(mask.sum(1).max(initial=0))
+    return min(mask.shape[1], max(1, -(-longest // COLUMNS)) * COLUMNS)
+
+
 def pad_rows(rows: Sequence[NDArray[Any]], value: int) -> NDArray[np.int64]:
-    """(B, longest), `value` behind the shorter ones."""
-    padded = np.full((len(rows), max(map(len, rows), default=1)), value, np.int64)
+    """(B, longest, rounded up), `value` behind the shorter ones."""
+    longest = max(map(len, rows), default=1)
+    padded = np.full((len(rows), -(-longest // COLUMNS) * COLUMNS), value, np.int64)
     for place, row in zip(padded, rows, strict=True):
         place[: len(row)] = row
     return padded

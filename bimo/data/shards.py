@@ -82,7 +82,7 @@ def fingerprint(*things: Any) -> str:
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
-    """(id, token ids) of each document, in order; dialogues by the tokenizer's own chat template.
+    """(id, token ids) of each document, in order; dialogues by the tokenizer's chat template, if it has one.
 
     A document that happens to contain the text "<|endoftext|>" gets it spelled in ordinary tokens.
     """
@@ -96,10 +96,10 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Ite
     end = begin or list(tokenizer.eos_token_ids[:1])
     stream = iter(documents)
     while batch := list(itertools.islice(stream, BATCH)):
-        texts = [document.text for document in batch if not document.messages]
+        texts = [document.text for document in batch if not (document.messages and tokenizer.chat_template)]
         encodings = iter(plain.encode_batch_fast(texts, add_special_tokens=False))
         for document in batch:
-            if document.messages:
+            if document.messages and tokenizer.chat_template:
                 messages = [message._asdict() for message in document.messages]
                 yield document.id, [*encode_chat(tokenizer, messages, add_generation_prompt=False), *end]
             else:

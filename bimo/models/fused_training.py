@@ -5,11 +5,12 @@
     out = packed_attention(qkv, rope, starts, ...)
 
 A chain of torch operators reads and writes the same rows several times, casts between them, and copies for every
-transposition: beside fast bfloat16 products that is half of a small model's step. The C++ loops of `kernels/` do each
-chain at once, and so do their gradients here. They round once where the chain rounds in between, so that results differ
-in the last bits. `loops_for` says whether they can be used; elsewhere the callers use plain torch, with the same formulas.
+transposition: beside fast bfloat16 products that was 40 % of a small model's step, and is 20 % now. The C++ loops of
+`kernels/` do each chain at once, and so do their gradients here. They round once where the chain rounds in between, so
+results differ in the last bits. `loops_for` says whether they can be used; elsewhere the callers use plain torch, with
+the same formulas. Float32 training is left to torch: products take nearly all of its time.
 
-Shapes: B batch, T tokens, D hidden_size, F intermediate_size, H query heads, K key/value heads, E head_dim, V vocabulary.
+Shapes: B batch, T tokens, D hidden_size, F intermediate_size, H query heads, K key/value heads, E head_dim.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from bimo.runtime import load_kernels
 
-__all__ = ["add", "add_norm", "can_attend", "loops_for", "packed_attention", "swiglu"]
+__all__ = ["add", "add_norm", "available", "can_attend", "loops_for", "packed_attention", "swiglu"]
 
 
 def _loops() -> Any:
@@ -37,8 +38,18 @@ def _fastest() -> Any:
     return import_module("bimo_kernels.training").TrainingLoops()
 
 
+def available() -> bool:
+    """Whether training in bfloat16 on this machine's CPU uses the loops."""
+    return _loops() is not None
+
+
 def loops_for(*tensors: Tensor) -> Any:
-    """The loops, if these tensors are a training's on a CPU in bfloat16 autocast and the kernels are built, else None."""
+    """The loops, if these tensors are on a CPU in bfloat16 autocast and the kernels are built, else None.
+
+    None as well while torch.compile traces: it makes loops of its own, and cannot see into these.
+    """
+    if torch.compiler.is_compiling():
+        return None
     if any(tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
         return None
     if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
@@ -60,7 +71,7 @@ class _SwiGLU(torch.autograd.Function):
         gate_up = gate_up.contiguous()
         ctx.save_for_backward(gate_up)
         out: Tensor = _loops().swiglu(gate_up.flatten(0, -2))
-        return out.view(*gate_up.shape[:-1], -1)
+        return out.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
     @staticmethod
     @once_differentiable
@@ -169,8 +180,8 @@ def packed_attention(
 ) -> Tensor:
     """Rotation, then softmax(q kᵀ · scale) v of each token over those of its row from `starts` to itself.
 
-    Products are of `block` queries at a time, each with the keys up to its end; heads that share a key head are rows of one
-    product. The weights, T * T / 2 of them a head, are kept for the way back.
+    Products are of `block` queries at a time, each with the keys up to its end; heads that share a key head are rows of
+    one product. The weights, T * T / 2 of them a head, are kept for the way back.
 
     Args:
         qkv: (B, T, (H + 2 K) E) bfloat16, all heads of q, then of k, then of v.
@@ -204,7 +215,7 @@ class _PackedAttention(torch.autograd.Function):
         loops.to_blocks(rows[:, :, heads + kv :], v, num_tokens, None)
         k, v = (x.view(batch * kv, num_tokens, dim) for x in (k, v))
         out, weights = torch.empty_like(q), []
-        blocks = (_blocks(x, starts, k, block) for x in (q, out))
+        blocks = (_blocks(x, k, heads // kv, block) for x in (q, out))
         for (start, end, queries), (_, _, part) in zip(*blocks, strict=True):
             scores = torch.bmm(queries, k[:, :end].transpose(1, 2))  # (B K, H / K * block, end)
             loops.softmax(scores.view(batch, heads, end - start, end), starts, start)
@@ -226,7 +237,7 @@ class _PackedAttention(torch.autograd.Function):
         weights, rope = rest[:count], tuple(rest[count:]) or None
         d_out, d_q, d_k, d_v = (torch.empty_like(x) for x in (q, q, k, v))
         loops.to_blocks(grads[0].contiguous().unflatten(-1, (heads, dim)), d_out, block, None)
-        blocks = [list(_blocks(x, starts, k, block)) for x in (q, d_out, d_q)]
+        blocks = [list(_blocks(x, k, heads // kv, block)) for x in (q, d_out, d_q)]
         # The last block first: its keys are all there are, so that what the others add to is written already.
         for (start, end, queries), (_, _, d_part), (_, _, d_queries), weight in reversed(
             list(zip(*blocks, weights, strict=True))
@@ -247,11 +258,10 @@ class _PackedAttention(torch.autograd.Function):
         return d_qkv.flatten(-2), None, None, None, None, None, None
 
 
-def _blocks(flat: Tensor, starts: Tensor, k: Tensor, block: int) -> Iterator[tuple[int, int, Tensor]]:
-    """First token, end and rows (B K, H / K * tokens, E) of each block of queries."""
-    num_tokens, at = starts.shape[1], 0
+def _blocks(flat: Tensor, k: Tensor, group: int, block: int) -> Iterator[tuple[int, int, Tensor]]:
+    """First token, end and rows (B K, H / K * tokens, E) of each block of queries; k (B K, T, E), group = H / K."""
+    pairs, num_tokens, dim = k.shape
     for start in range(0, num_tokens, block):
         end = min(num_tokens, start + block)
-        size = flat.numel() // num_tokens * (end - start)
-        yield start, end, flat[at : at + size].view(k.shape[0], -1, k.shape[-1])
-        at += size
+        each = pairs * group * dim
+        yield start, end, flat[start * each : end * each].view(pairs, group * (end - start), dim)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bimo.data.loader import IGNORED, Batch
+from bimo.data.loader import Batch
 from bimo.models.decoder import Decoder
 from bimo.models.packed import LONGEST_IN_BLOCKS, PackedRows
 from bimo.models.recurrent import LSTMLanguageModel
@@ -40,18 +40,18 @@ def causal_loss(model: Decoder | LSTMLanguageModel, batch: Batch, *, label_smoot
     hidden, targets = _predicted(model, batch)
     weight = model.embed_tokens.weight
     head = weight if model.lm_head is None else model.lm_head.get_parameter("weight")
-    total = linear_cross_entropy(hidden, head, targets, label_smoothing)
-    return Loss(total, len(targets))
+    return Loss(linear_cross_entropy(hidden, head, targets, label_smoothing), batch.num_targets)
 
 
 def causal_logits(model: Decoder | LSTMLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(N, V) scores and (N,) words of the N tokens that are predicted."""
+    """(N, V) scores and (N,) words of all tokens, IGNORED where none is predicted."""
     hidden, targets = _predicted(model, batch)
     return model.logits(hidden), targets
 
 
 def _predicted(model: Decoder | LSTMLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Hidden states (N, D) in the number type of products, and words (N,).
+    """Hidden states (N, D) in the number type of products, and words (N,) or IGNORED, of all tokens: hardly any is not
+    predicted, and sizes stay the same (see objectives.rows).
 
     A recurrent model reads a row from its start to its end, across the borders of documents: its state has no mask. The
     token a document begins with can tell it to forget.
@@ -67,8 +67,7 @@ def _predicted(model: Decoder | LSTMLanguageModel, batch: Batch) -> tuple[Tensor
         hidden = model(input_ids)
     else:
         hidden = model(input_ids, positions, _attend(segments, dtype))
-    kept = targets.flatten() != IGNORED
-    return hidden.flatten(0, 1)[kept].to(dtype), targets.flatten()[kept]
+    return hidden.flatten(0, 1).to(dtype), targets.flatten()
 
 
 def _attend(segments: Tensor, dtype: torch.dtype) -> PackedRows | None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bimo.data.loader import IGNORED
 from bimo.models import fused_training
 
 __all__ = ["linear_cross_entropy"]
@@ -25,7 +26,8 @@ SLOPES_AT_ONCE = 1 << 27  # 256 MB in bfloat16
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """-Σ log softmax(hidden weightᵀ)[target], a float32 scalar; hidden (N, D), weight (V, D), targets (N,) int64.
+    """-Σ log softmax(hidden weightᵀ)[target], a float32 scalar; hidden (N, D), weight (V, D), targets (N,) int64,
+    or IGNORED.
 
     Products are computed in hidden's number type; the weight's gradient is summed in float32 and has the weight's type.
     With smoothing s the target is (1 - s) of the word and s / V of every word (as torch's cross_entropy).
@@ -62,22 +64,22 @@ def _differences(
     hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, needed: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss of some rows, and softmax(logits) - target of each, (N, V), where it is `needed`."""
-    total = torch.zeros((), device=hidden.device)
+    ignored, targets = (targets == IGNORED).nonzero().squeeze(1), targets.clamp(min=0)
+    if hidden.dtype == torch.bfloat16 and (loops := fused_training.loops_for(hidden, weight)):
+        logits = hidden @ weight.t()  # where their differences are written, too
+        losses = loops.cross_entropy(logits, targets, smoothing, needed)
+        losses[ignored], logits[ignored] = 0, 0
+        return losses.sum(), logits
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     slopes = hidden.new_empty((len(hidden), len(weight)) if needed else (0, 0))
     step = max(16, LOGITS_AT_ONCE // len(weight))
-    if hidden.dtype == torch.bfloat16 and (loops := fused_training.loops_for(hidden, weight)):
-        for start in range(0, len(hidden), step):
-            part = hidden[start : start + step]
-            logits = torch.mm(part, weight.t(), out=slopes[start : start + step]) if needed else part @ weight.t()
-            total += loops.cross_entropy(logits, targets[start : start + step], smoothing, needed).sum()
-        return total, slopes
     for start in range(0, len(hidden), step):
         words = targets[start : start + step, None]
         log_p = torch.log_softmax(hidden[start : start + step] @ weight.t(), 1, dtype=torch.float32)  # (n, V)
         scores = log_p.gather(1, words)
-        total -= (1 - smoothing) * scores.sum()
+        losses[start : start + step] = -scores[:, 0]
         if smoothing:
-            total -= smoothing * log_p.mean(1).sum()
+            losses[start : start + step].lerp_(-log_p.mean(1), smoothing)
         if not needed:
             continue
         log_p.exp_()
@@ -85,4 +87,5 @@ def _differences(
             log_p -= smoothing / len(weight)
         log_p.scatter_add_(1, words, torch.full_like(scores, smoothing - 1))
         slopes[start : start + step] = log_p
-    return total, slopes
+    losses[ignored], slopes[ignored if needed else ignored[:0]] = 0, 0
+    return losses.sum(), slopes

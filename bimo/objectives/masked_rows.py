@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bimo.data.loader import IGNORED, Origin, RowLoader
-from bimo.data.pairs import pad_rows
+from bimo.data.pairs import pad_rows, width_of
 from bimo.data.shards import TokenFile
 from bimo.errors import UsageError
 from bimo.models.encoder import Encoder
 from bimo.objectives.causal import Loss
 from bimo.objectives.masked import HAN_TEXT, mask_tokens, masked_loss, next_sentence_loss, word_numbers
+from bimo.objectives.rows import chosen_rows
 from bimo.tokenizer.load import Tokenizer
 
 __all__ = ["MaskTokens", "MaskedBatch", "MaskedLoader", "bert_loss", "masked_word_logits"]
@@ -100,9 +101,9 @@ class MaskedBatch:
         return len(self.input_ids)
 
     def rows(self, part: slice) -> MaskedBatch:
-        """Some of its rows, without columns that are padding in all of them."""
+        """Some of its rows, without most of the columns that are padding in all of them."""
         mask = self.mask[part]
-        width = max(1, int(mask.sum(1).max(initial=0)))
+        width = width_of(mask)
         input_ids, segments, targets = (array[part, :width] for array in (self.input_ids, self.segments, self.targets))
         relations = None if self.relations is None else self.relations[part]
         return MaskedBatch(
@@ -220,13 +221,13 @@ def bert_loss(model: Encoder, batch: MaskedBatch, *, label_smoothing: float = 0.
 
     While the model is not in training also how often both were right, and the nats of a hidden word alone.
     """
-    hidden, chosen, words = _read(model, batch)
-    logits = model.masked_logits(hidden[chosen]).float()
+    hidden, asked, words = _read(model, batch)
+    logits, count = model.masked_logits(asked).float(), batch.num_targets
     total = masked_loss(logits, words, reduction="sum", label_smoothing=label_smoothing)
     means = {}
     if not model.training:
-        means["masked_nats"] = (float(total.detach()), len(words))
-        means["masked_accuracy"] = (float((logits.argmax(-1) == words).sum()), len(words))
+        means["masked_nats"] = (float(total.detach()), count)
+        means["masked_accuracy"] = (float((logits.argmax(-1) == words).sum()), count)
     if batch.relations is not None:
         relations = torch.from_numpy(batch.relations).to(hidden.device)
         scores = model.next_sentence_logits(hidden).float()
@@ -234,20 +235,20 @@ def bert_loss(model: Encoder, batch: MaskedBatch, *, label_smoothing: float = 0.
         if not model.training:
             num_right = float((scores.argmax(-1) == relations).sum())
             means["next_sentence_accuracy"] = (num_right, int((relations != IGNORED).sum()))
-    return Loss(total, len(words), means)
+    return Loss(total, count, means)
 
 
 def masked_word_logits(model: Encoder, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-    """(N, V) scores and (N,) words of the N hidden words."""
-    hidden, chosen, words = _read(model, batch)
-    return model.masked_logits(hidden[chosen]), words
+    """(N, V) scores and (N,) words of the hidden words, and some that are IGNORED."""
+    _, asked, words = _read(model, batch)
+    return model.masked_logits(asked), words
 
 
 def _read(model: Encoder, batch: MaskedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (B, T, D), which are asked for (B, T), and the words there (N,)."""
+    """Hidden states (B, T, D), those that are asked for (N, D), and their words (N,)."""
     device = next(model.parameters()).device
     input_ids, mask, segments, targets = (
         torch.from_numpy(array).to(device) for array in (batch.input_ids, batch.mask, batch.segments, batch.targets)
     )
-    chosen = targets != IGNORED
-    return model(input_ids, mask, segments), chosen, targets[chosen]
+    hidden = model(input_ids, mask, segments)
+    return hidden, *chosen_rows(hidden, targets)

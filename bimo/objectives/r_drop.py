@@ -17,13 +17,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from bimo.data.loader import IGNORED
 from bimo.objectives.causal import Loss, causal_logits, causal_loss
 from bimo.objectives.masked_rows import bert_loss, masked_word_logits
 from bimo.objectives.seq2seq import seq2seq_loss, target_logits
 
 __all__ = ["symmetric_divergence", "with_r_drop"]
 
-# What gives the scores that a loss is made of: (model, batch) -> (N, V) logits and (N,) words.
+# What gives the scores that a loss is made of: (model, batch) -> (N, V) logits and (N,) words, or IGNORED.
 LOGITS: dict[Callable[..., Loss], Callable[..., tuple[Tensor, Tensor]]] = {
     causal_loss: causal_logits,
     bert_loss: masked_word_logits,
@@ -42,6 +43,8 @@ def with_r_drop(loss: Callable[..., Loss], weight: float) -> Callable[..., Loss]
             return loss(model, batch, label_smoothing=label_smoothing)
         first, words = logits_of(model, batch)
         second, _ = logits_of(model, batch)
+        kept = words != IGNORED
+        first, second, words = first[kept], second[kept], words[kept]
         totals = (
             F.cross_entropy(logits.float(), words, reduction="sum", label_smoothing=label_smoothing)
             for logits in (first, second)

@@ -16,6 +16,7 @@ from bimo.data.loader import IGNORED
 from bimo.data.pairs import PairBatch
 from bimo.models.seq2seq import EncoderDecoder
 from bimo.objectives.causal import Loss
+from bimo.objectives.rows import chosen_rows
 
 __all__ = ["seq2seq_loss", "target_logits"]
 
@@ -24,18 +25,20 @@ def seq2seq_loss(model: EncoderDecoder, batch: PairBatch, *, label_smoothing: fl
     """The loss of a batch on the model's device; while the model is not in training also how often the likeliest word
     is the right one. label_smoothing: arXiv:1512.00567, 0.1 in arXiv:1706.03762."""
     logits, targets = target_logits(model, batch)
-    total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
-    means = {} if model.training else {"accuracy": (float((logits.argmax(-1) == targets).sum()), len(targets))}
-    return Loss(total, len(targets), means)
+    total = F.cross_entropy(
+        logits.float(), targets, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
+    )
+    count = batch.num_targets
+    means = {} if model.training else {"accuracy": (float((logits.argmax(-1) == targets).sum()), count)}
+    return Loss(total, count, means)
 
 
 def target_logits(model: EncoderDecoder, batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """(N, V) scores and (N,) words of the N targets that are predicted."""
+    """(N, V) scores and (N,) words of the targets that are predicted, and some that are IGNORED."""
     device = next(model.parameters()).device
     source_ids, source_mask, input_ids, targets = (
         torch.from_numpy(array).to(device)
         for array in (batch.source_ids, batch.source_mask, batch.input_ids, batch.targets)
     )
-    hidden = model(source_ids, input_ids, source_mask)
-    kept = targets != IGNORED
-    return model.logits(hidden[kept]), targets[kept]
+    hidden, words = chosen_rows(model(source_ids, input_ids, source_mask), targets)
+    return model.logits(hidden), words

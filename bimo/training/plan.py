@@ -32,6 +32,7 @@ import numpy as np
 from bimo.data.loader import PackedLoader
 from bimo.data.shards import TokenFile
 from bimo.errors import UsageError
+from bimo.models import fused_training
 from bimo.models.config import DecoderConfig
 from bimo.models.decoder import Decoder
 from bimo.models.initial import init_weights
@@ -132,14 +133,19 @@ def training_memory(config: DecoderConfig, training: TrainingRecipe) -> int:
     back; a tenth more for the rest.
 
     A token leaves 12 width + 4 intermediate numbers in each layer (counted from what autograd keeps; a test does it
-    again), in bfloat16 where products are. The loss makes the head's gradient in an array of its own, twice. Compared
-    with what processes took, it was between a tenth too little and a quarter too much.
+    again), in bfloat16 where products are; the C++ loops keep less, and what attention keeps is counted with them. The
+    loss makes the head's gradient in an array of its own, twice. Compared with what processes took, it was between a
+    tenth too little and a quarter too much.
     """
     narrow = dtype_name(training.dtype) == "bfloat16"
     rows = max(1, min(training.micro_batch, training.batch_tokens // config.max_positions))
     tokens = rows * config.max_positions
     width, inner = config.hidden_size, config.intermediate_size
-    of_layer = tokens * (32 * width + 8 * inner if narrow else 48 * width + 16 * inner)
+    if narrow and fused_training.available():
+        weights = config.num_heads * config.max_positions  # half of them in bfloat16, and the rest of their last block
+        of_layer = tokens * (20 * width + 6 * inner + weights)
+    else:
+        of_layer = tokens * (32 * width + 8 * inner if narrow else 48 * width + 16 * inner)
     activations = of_layer * (config.num_layers + 1)  # and the gradients of one layer's
     if training.activation_checkpointing:
         activations = 2 * of_layer + 4 * tokens * width * config.num_layers

@@ -49,9 +49,7 @@ class TrainingLoops:
         rows, inner = d_out.shape
         _check(gate_up, torch.bfloat16, (rows, 2 * inner)), _check(d_out, torch.bfloat16)
         d_gate_up = torch.empty_like(gate_up)
-        self._loops.swiglu_backward(
-            gate_up.data_ptr(), d_out.data_ptr(), d_gate_up.data_ptr(), rows, inner, _threads()
-        )
+        self._loops.swiglu_backward(gate_up.data_ptr(), d_out.data_ptr(), d_gate_up.data_ptr(), rows, inner, _threads())
         return d_gate_up
 
     def to_blocks(
@@ -73,7 +71,13 @@ class TrainingLoops:
         self._copy_heads(False, rows, blocks, block, rope, scale)
 
     def _copy_heads(
-        self, to_blocks: bool, rows: Tensor, blocks: Tensor, block: int, rope: tuple[Tensor, Tensor] | None, scale: float
+        self,
+        to_blocks: bool,
+        rows: Tensor,
+        blocks: Tensor,
+        block: int,
+        rope: tuple[Tensor, Tensor] | None,
+        scale: float,
     ) -> None:
         batch, tokens, heads, dim = rows.shape
         width = rows.stride(1)

@@ -113,6 +113,12 @@ def test_stages_and_overrides(recipe: Path, capsys: pytest.CaptureFixture[str]) 
         (["--set", "data.sources.0.path=nowhere"], 2, "nowhere"),
         (["--set", "tokenizer.kind=wordpiece"], 2, "needs tokenizer.kind bpe or unigram"),
         (["--set", "objective.kind=masked"], 2, "learns causal, not masked"),
+        (["--set", "model.kind=encoder"], 2, "use report.prompts"),
+        (
+            ["--set", "model.kind=seq2seq", "--set", "report.questions=[]", "--set", "training.curriculum=[[1.0, 16]]"],
+            2,
+            "no effect on pairs",
+        ),
         (["--set", "objective.r_drop=1.0"], 2, "set model.dropout"),
         (
             [
@@ -126,6 +132,8 @@ def test_stages_and_overrides(recipe: Path, capsys: pytest.CaptureFixture[str]) 
                 "data.sources.1.answer={text}",
                 "--set",
                 "data.clean.languages=['fr']",
+                "--set",
+                "report.questions=[]",
             ],
             1,
             "no document was left",
