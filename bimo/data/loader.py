@@ -15,6 +15,7 @@ Each file's rows come in a random order of their own in every epoch; files take 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -74,7 +75,7 @@ class Batch:
         return Batch(zeros, np.full_like(zeros, IGNORED), np.arange(zeros.shape[1])[None], zeros, ())
 
 
-class RowLoader:
+class RowLoader(ABC):
     """An endless, resumable stream of rows, the order of any loader. `shuffle=False`: in the files' order, once round
     after the other.
 
@@ -125,16 +126,17 @@ class RowLoader:
         """Tokens of a row, on average: a step has batch_tokens / row_tokens rows."""
         return self.length
 
+    @abstractmethod
     def rows_in(self, file: TokenFile) -> int:
-        raise NotImplementedError
+        """How many rows it has."""
 
+    @abstractmethod
     def span(self, file: TokenFile, row: int) -> tuple[int, int]:
         """The tokens [start, end) of the file that a row is made of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, origins: Sequence[Origin]) -> Any:
         """The rows that `origins` name."""
-        raise NotImplementedError
 
     def next_batch(self, num_rows: int, *, rank: int = 0, world_size: int = 1) -> Any:
         """The next rows. All processes call it alike; each gets every `world_size`-th row, from `rank` on."""

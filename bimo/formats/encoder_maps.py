@@ -11,13 +11,12 @@ refused by name, never ignored.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from typing import Any
 
 from bimo.errors import CorruptModelError, UnsupportedModelError
 from bimo.formats.config_json import ACTIVATIONS
-from bimo.formats.fields import Fields
+from bimo.formats.fields import Fields, check_written
 from bimo.formats.maps import KeyMap
 from bimo.models.config import EncoderConfig
 
@@ -142,7 +141,7 @@ def encoder_from_hf(raw: Any, tensor_names: Collection[str], *, where: str = "co
     values["norm_eps"] = fields.number(KEYS["norm_eps"])
     for name in ("dropout", "attention_dropout", "classifier_dropout"):
         if name != "classifier_dropout" or fields.has(KEYS[name]):
-            values[name] = _share(fields, KEYS[name])
+            values[name] = fields.share(KEYS[name])
     has_padding = "pad_token_id" not in fields.raw or fields.has("pad_token_id")  # null: none; absent: 0
     values["pad_token_id"] = fields.integer("pad_token_id", 0, low=0) if has_padding else None
     activation = fields.text(KEYS["activation"])
@@ -176,26 +175,13 @@ def encoder_to_hf(config: EncoderConfig) -> dict[str, Any]:
         raw["problem_type"] = config.problem_type
 
     read = encoder_from_hf(raw, {name for part, name in HEADS.items() if getattr(config, part)})
-    for item in dataclasses.fields(EncoderConfig):
-        asked, got = getattr(config, item.name), getattr(read, item.name)
-        if asked != got:
-            raise UnsupportedModelError(
-                f"a {config.family} config.json cannot say {item.name} = {asked!r} (it would read as {got!r}): "
-                f"change the setting"
-            )
+    check_written(config, read)
     return raw
 
 
 def _architecture(config: EncoderConfig) -> str:
     there = {part for part in (*HEADS, "labels") if getattr(config, part)}
     return next(name for name, parts in ARCHITECTURES.items() if parts <= there)
-
-
-def _share(fields: Fields, key: str) -> float:
-    value = fields.number(key, low=0.0)
-    if value > 1:
-        raise CorruptModelError(f"{fields.where}: {key} should be a share from 0 to 1, not {value:g}")
-    return value
 
 
 def _read_labels(fields: Fields) -> tuple[str, ...]:

@@ -8,13 +8,14 @@ The same accessors serve GGUF metadata, which is turned into config.json's terms
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bimo.errors import CorruptModelError, UnsupportedModelError
 
-__all__ = ["Fields"]
+__all__ = ["Fields", "check_written"]
 
 # Beyond every real model, and small enough that products of two sizes stay within 64 bits.
 MAX_INTEGER = 2**31 - 1
@@ -62,6 +63,13 @@ class Fields:
             raise self._wrong(key, expected, value)
         return float(value)
 
+    def share(self, key: str) -> float:
+        """A number from 0 to 1."""
+        value = self.number(key, low=0.0)
+        if value > 1:
+            raise CorruptModelError(f"{self.where}: {key} should be a share from 0 to 1, not {value:g}")
+        return value
+
     def flag(self, key: str, default: bool | None = None) -> bool:
         """true or false."""
         value = self._get(key, default, "true or false")
@@ -104,3 +112,20 @@ def _shown(value: Any) -> str:
     except ValueError:  # an integer of thousands of digits
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_written(
+    config: Any, read: Any, same: Callable[[str, Any, Any], bool] = lambda name, asked, got: False
+) -> None:
+    """What was written is read back and compared, so nothing is lost silently.
+
+    config, read: dataclasses. same: whether two values of a field that differ mean the same. Raises
+    UnsupportedModelError for a setting that the family's config.json has no word for.
+    """
+    for item in dataclasses.fields(config):
+        asked, got = getattr(config, item.name), getattr(read, item.name)
+        if asked != got and not (same and same(item.name, asked, got)):
+            raise UnsupportedModelError(
+                f"a {config.family} config.json cannot say {item.name} = {asked!r} (it would read as {got!r}): "
+                f"choose another family or change the setting"
+            )

@@ -11,7 +11,6 @@ modeling_t5.py.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -19,7 +18,7 @@ from typing import Any
 
 from bimo.errors import CorruptModelError, UnsupportedModelError
 from bimo.formats.config_json import ACTIVATIONS
-from bimo.formats.fields import Fields
+from bimo.formats.fields import Fields, check_written
 from bimo.formats.maps import KeyMap
 from bimo.models.config import SEQ2SEQ_FAMILIES, Seq2SeqConfig
 
@@ -244,7 +243,7 @@ def seq2seq_from_hf(raw: Any, tensor_names: Collection[str], *, where: str = "co
     for item in TOKEN_IDS[::-1]:  # T5 begins a target with padding
         values[item] = fields.integer(keys[item], values.get("pad_token_id") if name == "t5" else None, low=0)
     for item in SHARES:
-        values[item] = _share(fields, keys[item])
+        values[item] = fields.share(keys[item])
     if "norm_eps" in keys:
         values["norm_eps"] = fields.number(keys["norm_eps"])
     if "scale_embedding" in keys:
@@ -278,13 +277,7 @@ def seq2seq_to_hf(config: Seq2SeqConfig) -> dict[str, Any]:
         raw["feed_forward_proj"] = _feed_forward(config, names)
 
     read = seq2seq_from_hf(raw, () if config.tied_embeddings else (HEAD,))
-    for item in dataclasses.fields(Seq2SeqConfig):
-        asked, got = getattr(config, item.name), getattr(read, item.name)
-        if asked != got:
-            raise UnsupportedModelError(
-                f"a {config.family} config.json cannot say {item.name} = {asked!r} (it would read as {got!r}): "
-                f"choose another family or change the setting"
-            )
+    check_written(config, read)
     return raw
 
 
@@ -336,10 +329,3 @@ def _activation(fields: Fields, key: str) -> str:
     if name not in ACTIVATIONS:
         raise UnsupportedModelError(f"{fields.where}: {key} is {name!r}, bimo computes {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
-
-
-def _share(fields: Fields, key: str) -> float:
-    value = fields.number(key, low=0.0)
-    if value > 1:
-        raise CorruptModelError(f"{fields.where}: {key} should be a share from 0 to 1, not {value:g}")
-    return value

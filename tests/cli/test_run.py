@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from bimo.cli.main import main
+from tests.cli.corpus import TEXTS, write_texts
 
-TEXTS = Path(__file__).parents[2] / "benchmarks" / "texts"
 RECIPE = """
 name = "small"
 [[data.sources]]
@@ -49,11 +49,7 @@ max_tokens = 5
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "texts").mkdir()
-    for name in ("en", "zh"):
-        paragraphs = [p for p in (TEXTS / f"{name}.txt").read_text(encoding="utf-8").split("\n") if p.strip()]
-        rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in paragraphs)
-        (tmp_path / "texts" / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    write_texts(tmp_path / "texts")
     talk = [{"q": f"{n}加{n}等于几？", "a": f"等于{2 * n}，没错。"} for n in range(300)]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in talk)
     (tmp_path / "talk.jsonl").write_text(lines, encoding="utf-8")

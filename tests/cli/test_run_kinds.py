@@ -11,9 +11,9 @@ import bimo
 from bimo.cli.main import main
 from bimo.errors import UnsupportedModelError
 from bimo.recipe import load_recipe
+from tests.cli.corpus import write_texts
 
 ROOT = Path(__file__).parents[2]
-TEXTS = ROOT / "benchmarks" / "texts"
 RECIPE = """
 name = "small"
 [[data.sources]]
@@ -42,11 +42,7 @@ NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "texts").mkdir()
-    for name in ("en", "zh"):
-        paragraphs = [p for p in (TEXTS / f"{name}.txt").read_text(encoding="utf-8").split("\n") if p.strip()]
-        rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in paragraphs)
-        (tmp_path / "texts" / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    write_texts(tmp_path / "texts")
     pairs = [{"en": f"The number {NUMBERS[a]} and {NUMBERS[b]}.", "zh": f"数字{'零一二三四五六七八九'[a]}和{b}。"}
              for a in range(10) for b in range(10)]  # fmt: skip
     pairs.append({"en": "Numbers: " + " ".join(NUMBERS) + ".", "zh": "数字：零一二三四五六七八九。"})
