@@ -114,9 +114,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def check_written(
-    config: Any, read: Any, same: Callable[[str, Any, Any], bool] = lambda name, asked, got: False
-) -> None:
+def check_written(config: Any, read: Any, same: Callable[[str, Any, Any], bool] | None = None) -> None:
     """What was written is read back and compared, so nothing is lost silently.
 
     config, read: dataclasses. same: whether two values of a field that differ mean the same. Raises
@@ -124,7 +122,7 @@ def check_written(
     """
     for item in dataclasses.fields(config):
         asked, got = getattr(config, item.name), getattr(read, item.name)
-        if asked != got and not (same and same(item.name, asked, got)):
+        if asked != got and not (same is not None and same(item.name, asked, got)):
             raise UnsupportedModelError(
                 f"a {config.family} config.json cannot say {item.name} = {asked!r} (it would read as {got!r}): "
                 f"choose another family or change the setting"
