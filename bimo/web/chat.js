@@ -94,9 +94,11 @@ function setRun(id, run) {
   runs.value = next;
 }
 
+const modelName = () => model.peek()?.id ?? settings.peek().model;
+
 /** Let the model answer the message `questionId`; resolves when the answer has ended, however it ended. */
 async function answer(conversation, questionId) {
-  const name = model.peek()?.id ?? settings.peek().model;
+  let name = modelName();
   const messages = requestMessages(conversation, questionId, settings.peek().system);
   const [started, node] = addNode(conversation, questionId, { role: "assistant", content: "", model: name });
   const run = new Run(node.id);
@@ -112,6 +114,11 @@ async function answer(conversation, questionId) {
   window.addEventListener("pagehide", save);
   const end = {};
   try {
+    if (server.peek().state === "connecting") {
+      await attempt?.done; // a question quicker than the list of models waits for it
+      name = modelName();
+      keep({ model: name });
+    }
     for await (const piece of streamChat({ model: name, messages, ...requestFields() }, run.controller.signal)) {
       if (piece.usage) run.usage = piece.usage;
       else if (piece.finish) run.finish = piece.finish;
@@ -190,10 +197,14 @@ export function stopAll() {
 let attempt = null;
 
 /** Ask the server which models it has; while it cannot say, ask again by itself. */
-export async function connect() {
+export function connect() {
   clearTimeout(attempt?.timer);
   attempt = { timer: 0 };
-  const mine = attempt;
+  attempt.done = askForModels(attempt);
+  return attempt.done;
+}
+
+async function askForModels(mine) {
   try {
     const models = await listModels();
     if (mine !== attempt) return;

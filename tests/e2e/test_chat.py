@@ -292,3 +292,14 @@ def import_file(page: Page, file: Path) -> None:
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Import").click()
     chooser.value.set_files(file)
+
+
+def test_a_question_quicker_than_the_list_of_models_waits_for_it(open_page: OpenPage) -> None:
+    page = open_page(before=lambda page: page.route("**/v1/models", lambda route: None))  # no answer comes
+    asked = request_bodies(page)
+    ask(page, "Hello 你好")
+    expect(page.locator(".send.stop")).to_be_visible()  # the answer is under way, and can be stopped
+    assert not asked
+    page.unroute("**/v1/models")  # lets what is held go on
+    wait_idle(page)
+    assert last_answer(page).strip() and [body["model"] for body in asked] == ["smollm2"]
