@@ -73,6 +73,11 @@ PEERS = {
         remove=("torchvision", "torchaudio", "torchcodec"),
         check="import vllm; vllm.LLM",
     ),
+    # not of `make bench`: what benchmarks.prepare and benchmarks.tokenise set up; it brings Hugging Face datasets along
+    "datatrove": Peer(
+        requirements=("datatrove[processing,io]==0.10.1", "spacy", "jieba"),
+        check="import datatrove.pipeline.dedup, spacy, jieba",
+    ),
 }
 
 

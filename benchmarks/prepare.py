@@ -44,7 +44,6 @@ path = "."
 files = ["*.jsonl"]
 """
 PEER = "datatrove"
-REQUIREMENTS = ("datatrove[processing,io]==0.10.1", "spacy", "jieba")
 
 
 def sentences_of(language: str) -> list[str]:
@@ -207,9 +206,8 @@ def prepare_with_peer(corpus: Path, out: Path, workers: int) -> None:
 
 def set_up_peer(install: bool) -> str:
     """Why the peer cannot be measured, or nothing."""
-    from benchmarks.peers import PEERS, Peer, set_up
+    from benchmarks.peers import set_up
 
-    PEERS.setdefault(PEER, Peer(requirements=REQUIREMENTS, check="import datatrove.pipeline.dedup, spacy, jieba"))
     return set_up([PEER], say=print, install=install).get(PEER, "")
 
 

@@ -29,17 +29,16 @@ from bimo.errors import CorruptModelError, UnsupportedModelError, UsageError
 from bimo.formats.hub import gguf_source
 from bimo.formats.huggingface import load_model, load_weights, read_json, read_model_config
 from bimo.models.catalog import QUANT_BITS
-from bimo.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
+from bimo.models.config import DecoderConfig, EncoderConfig, LSTMConfig, Seq2SeqConfig
 from bimo.runtime import available_memory, dtype_name, return_free_memory
 
 if TYPE_CHECKING:
     import torch
 
     from bimo.models.decoder import Decoder
-    from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+    from bimo.models.recurrent import LSTMLanguageModel
     from bimo.models.seq2seq import EncoderDecoder
 
-    WriterConfig = DecoderConfig | Seq2SeqConfig | LSTMConfig
     Writer = Decoder | EncoderDecoder | LSTMLanguageModel | FusedDecoder
 
 __all__ = [
@@ -56,6 +55,7 @@ __all__ = [
     "read_writer_config",
 ]
 
+WriterConfig = DecoderConfig | Seq2SeqConfig | LSTMConfig  # of what writes text
 QUANTS = ("int8", "int4", "file", "none")
 CACHE_DTYPES = ("auto", "int8", "bfloat16")
 BLOCK_SIZE = 16  # tokens a cache block; smaller shares more of a prefix, larger gathers faster
@@ -191,9 +191,9 @@ def load_decoder(
     directory: Any, config: DecoderConfig, dtype: torch.dtype, device: str = "cpu", weights: Any = None
 ) -> Decoder:
     """Build the model without memory, then let each weight arrive in its number type: peak = weights + one tensor."""
-    from bimo.models.empty import empty_decoder
+    from bimo.models.empty import empty_model
 
-    model = empty_decoder(config)
+    model: Decoder = empty_model(config)
     for name, tensor in weights or load_weights(directory, config):
         model.load_state_dict({name: tensor.to(device, dtype)}, strict=False, assign=True)
     model.reset_rope()

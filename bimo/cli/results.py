@@ -10,8 +10,6 @@ seq2seq         writes from the prompts, and all held-out pairs; beside it a tra
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,16 +83,12 @@ def _add_translations(results: Results, recipe: Recipe, folder: Path, backend: A
     from bimo.evaluation.pairs import Pair
     from bimo.evaluation.translation import ModelTranslator, evaluate_translation
 
-    manifest = json.loads((folder / "data" / "manifest.json").read_text(encoding="utf-8"))
-    prepared = Prepared(folder / "data", manifest)
+    prepared = Prepared.open(folder / "data")
 
-    def pairs(split: str) -> Iterator[Pair]:
-        for document in read_documents(prepared.files(split)):
-            messages = document.messages[-2:]
-            if [message.role for message in messages] == ["user", "assistant"]:
-                yield Pair(*(message.content for message in messages))
+    def pairs(split: str) -> list[Pair]:
+        return [Pair(*document.pair) for document in read_documents(prepared.files(split)) if document.pair]
 
-    held_out = list(pairs("validation"))
+    held_out = pairs("validation")
     wanted = held_out[:: max(1, len(held_out) // recipe.report.pairs)][: recipe.report.pairs]  # over all of it
     if not wanted:
         return
@@ -104,7 +98,7 @@ def _add_translations(results: Results, recipe: Recipe, folder: Path, backend: A
         max_tokens=recipe.model.context_length,
         progress=lambda done, total: progress("writing held-out pairs", done, total),
     )
-    table = evaluate_translation(translator, wanted, training_pairs=list(pairs("train")))
+    table = evaluate_translation(translator, wanted, training_pairs=pairs("train"))
     rows = [
         (score.name, f"{score.bleu:.1f} ± {score.bleu_interval:.1f}", f"{score.chrf:.1f} ± {score.chrf_interval:.1f}")
         for score in table.scores
@@ -173,7 +167,7 @@ def _add_unigrams(results: Results, recipe: Recipe, folder: Path, tokenizer: Tok
             continue
         loader = make_loader([file], length=recipe.model.context_length, shuffle=False)
         rows = min(loader.num_rows[0], max(1, recipe.training.eval_tokens // loader.row_tokens))
-        figures[name] = unigrams.score(loader.next_batch(rows).targets).accuracy
+        figures[name] = unigrams.score(loader.next_batch(rows).targets).figures["masked_accuracy"]
     table = [(name, f"{value:.3f}") for name, value in figures.items()]
     note = "always the most frequent word 总猜最常见的词"
     results.tables.append(Table("Without reading 不读上下文", ("", "masked accuracy 掩码准确率"), table, note))

@@ -10,13 +10,13 @@ such a folder and ":validation"                                        its valid
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from bimo.data.documents import read_documents
+from bimo.data.pipeline import Prepared
 from bimo.data.readers import read_file
 from bimo.data.records import Damage, Document
 from bimo.data.sources import SourceFile, files_of
@@ -76,16 +76,8 @@ def _prepared(place: str) -> list[Path] | None:
     else:
         folder, split = Path(place), "train"
     for data in (folder, folder / "data"):
-        if (data / "manifest.json").is_file() and (manifest := _manifest(data / "manifest.json")) is not None:
-            return [data / part["file"] for part in manifest["parts"] if part["split"] == split]
+        with contextlib.suppress(DataError):
+            return Prepared.open(data).files(split)
     if split in SPLITS and colon and folder != Path(place):
         raise UsageError(f"{named} is no folder that `bimo data prepare` has finished, so it has no {split} documents")
     return None
-
-
-def _manifest(file: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        return manifest if all("split" in part and "file" in part for part in manifest["parts"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

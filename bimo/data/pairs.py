@@ -151,11 +151,10 @@ def encode_pairs(
     """
     end = list(tokenizer.eos_token_ids[:1])
     for document in documents:
-        messages = document.messages[-2:]
-        if [message.role for message in messages] != ["user", "assistant"]:
+        if document.pair is None:
             refuse("no question and answer")
             continue
-        halves = [tokenizer.encode(message.content, add_special_tokens=False) + end for message in messages]
+        halves = [tokenizer.encode(text, add_special_tokens=False) + end for text in document.pair]
         if max(map(len, halves)) > max_tokens:
             refuse(f"longer than {max_tokens} tokens")
             continue

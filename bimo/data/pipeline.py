@@ -70,6 +70,17 @@ class Prepared:
     folder: Path
     manifest: dict[str, Any]
 
+    @classmethod
+    def open(cls, folder: Path) -> Prepared:
+        """What an earlier `prepare` made of this folder. Raises DataError if it was not finished."""
+        try:
+            manifest = _load(folder / "manifest.json")
+            if all("split" in part and "file" in part for part in manifest["parts"]):
+                return cls(folder, manifest)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise DataError(f"{folder} is no folder that `bimo data prepare` has finished: run it first")
+
     def files(self, split: str, source: str | None = None) -> list[Path]:
         """The Parquet files of "train" or "validation", in order."""
         parts = [part for part in self.manifest["parts"] if part["split"] == split]

@@ -368,12 +368,11 @@ def _read_tsv(reading: _Reading) -> Iterator[Document]:
 
 
 def _read_table(reading: _Reading, table: Iterator[list[str]]) -> Iterator[Document]:
-    csv.field_size_limit(MAX_FIELD)
     names = reading.source.columns
     number = -1
     while True:
         try:
-            cells = next(table, None)
+            cells = _next_row(table)
         except csv.Error:
             number += 1
             reading.note(
@@ -392,6 +391,15 @@ def _read_table(reading: _Reading, table: Iterator[list[str]]) -> Iterator[Docum
             reading.note(f"rows with more cells than the {len(names)} names in the first line", number)
         else:
             yield from reading.row(dict(zip(names, cells, strict=False)), number)
+
+
+def _next_row(table: Iterator[list[str]]) -> list[str] | None:
+    """Under a field limit of ours: it is of the whole process, and others read tables too."""
+    before = csv.field_size_limit(MAX_FIELD)
+    try:
+        return next(table, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_yaml(reading: _Reading) -> Iterator[Document]:

@@ -38,6 +38,14 @@ class Document:
     group: str = ""
 
     @property
+    def pair(self) -> tuple[str, str] | None:
+        """Of a dialogue, its last answer and the question before it, as (question, answer); else None."""
+        last = self.messages[-2:]
+        if [message.role for message in last] != ["user", "assistant"]:
+            return None
+        return last[0].content, last[1].content
+
+    @property
     def prompt(self) -> str:
         """Of a dialogue, what comes before its last message, one a line; else ""."""
         return "\n".join(content for _, content in self.messages[:-1])

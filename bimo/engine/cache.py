@@ -16,12 +16,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
-from bimo.models.config import DecoderConfig, Seq2SeqConfig
-
-if TYPE_CHECKING:
-    from bimo.models.recurrent import LSTMConfig
+from bimo.models.config import DecoderConfig, LSTMConfig, Seq2SeqConfig
 
 __all__ = ["NUMBER_BYTES", "BlockPool", "bytes_per_block", "bytes_per_token", "hash_block"]
 

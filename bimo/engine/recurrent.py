@@ -19,7 +19,8 @@ from torch import Tensor
 from bimo.engine.eager import EagerDecoder, padded_rows
 from bimo.engine.paged import lazy_zeros
 from bimo.engine.scheduler import Scheduled
-from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+from bimo.models.config import LSTMConfig
+from bimo.models.recurrent import LSTMLanguageModel
 
 __all__ = ["RecurrentDecoder", "StateCache"]
 

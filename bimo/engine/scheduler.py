@@ -221,9 +221,8 @@ class Scheduler:
                 )
             sequence.num_computed = len(sequence.blocks) * self.pool.block_size
             missing = -(-len(sequence.token_ids) // self.pool.block_size) - len(sequence.blocks)
-            if (
-                missing + self._source_blocks(sequence) > self.pool.num_free
-            ):  # wait for the whole prompt's room, or it would be preempted at once
+            missing += self._source_blocks(sequence)
+            if missing > self.pool.num_free:  # wait for the whole prompt's room, or it would be preempted at once
                 self._release(sequence)
                 break
             self.waiting.remove(sequence)

@@ -1,7 +1,7 @@
 """What a masked word is guessed as without reading the sentence: the most frequent word, BERT's measure of zero.
 
 unigrams = Unigrams.count(files, vocab_size=tokenizer.vocab_size, special_ids=tokenizer.special_ids)
-unigrams.score(batch.targets).accuracy             # the same targets as objectives.masked_rows.bert_loss has
+unigrams.score(batch.targets).figures["masked_accuracy"]     # the targets that objectives.masked_rows.bert_loss has
 
 guess: the token that the training text has most often (of several, the lowest id)
 p(w) = (count(w) + 1) / (Σ_v count(v) + vocab_size)
@@ -19,32 +19,11 @@ from numpy.typing import NDArray
 from bimo.data.loader import IGNORED
 from bimo.data.shards import TokenFile
 from bimo.errors import DataError, UsageError
+from bimo.training.validation import Score
 
-__all__ = ["MaskedScore", "Unigrams"]
+__all__ = ["Unigrams"]
 
 CHUNK = 1 << 22  # tokens counted at once
-
-
-@dataclass(frozen=True)
-class MaskedScore:
-    """Of the words that were asked for: sums."""
-
-    nats: float
-    num_correct: int
-    num_targets: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.num_correct / max(1, self.num_targets)
-
-    @property
-    def nats_per_token(self) -> float:
-        return self.nats / max(1, self.num_targets)
-
-    def __add__(self, other: MaskedScore) -> MaskedScore:
-        return MaskedScore(
-            self.nats + other.nats, self.num_correct + other.num_correct, self.num_targets + other.num_targets
-        )
 
 
 @dataclass(frozen=True)
@@ -76,8 +55,9 @@ class Unigrams:
         """Ids, the most frequent first."""
         return np.argsort(-self.counts, kind="stable")[:num_guesses]
 
-    def score(self, targets: NDArray[Any] | Sequence[int], *, num_guesses: int = 1) -> MaskedScore:
-        """Of `targets` of any shape, token ids, or IGNORED where nothing is asked; a tensor does as well.
+    def score(self, targets: NDArray[Any] | Sequence[int], *, num_guesses: int = 1) -> Score:
+        """Nats and `masked_accuracy` of `targets` of any shape, token ids, or IGNORED where nothing is asked; a tensor
+        does as well.
 
         num_guesses: right is a word that is one of so many.
         """
@@ -87,4 +67,5 @@ class Unigrams:
             raise UsageError(f"targets must be ids from 0 to {len(self.counts) - 1}, or {IGNORED}", "targets")
         chances = (self.counts + 1) / (self.counts.sum() + len(self.counts))
         num_correct = int(np.isin(asked, self.most_frequent(num_guesses)).sum())
-        return MaskedScore(-float(np.log(chances[asked.astype(np.int64)]).sum()), num_correct, len(asked))
+        nats = -float(np.log(chances[asked.astype(np.int64)]).sum())
+        return Score(nats, len(asked), means={"masked_accuracy": (num_correct, len(asked))})

@@ -28,19 +28,16 @@ from bimo.formats.encoder_maps import encoder_from_hf, encoder_keys, encoder_to_
 from bimo.formats.lstm import LSTM_TYPE, lstm_from_raw, lstm_plan, lstm_to_raw
 from bimo.formats.maps import FAMILIES, Entry, KeyMap, tensor_plan
 from bimo.formats.seq2seq_maps import SEQ2SEQ, seq2seq_from_hf, seq2seq_keys, seq2seq_to_hf
-from bimo.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
+from bimo.models.config import DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig
 
 if TYPE_CHECKING:
     import torch
     from safetensors import safe_open
-    from torch import nn
 
     from bimo.models.decoder import Decoder
     from bimo.models.encoder import Encoder
-    from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+    from bimo.models.recurrent import LSTMLanguageModel
     from bimo.models.seq2seq import EncoderDecoder
-
-    ModelConfig = DecoderConfig | EncoderConfig | Seq2SeqConfig | LSTMConfig
 
 __all__ = [
     "load_encoder",
@@ -113,32 +110,29 @@ def read_model_config(directory: Path) -> ModelConfig:
 
 def load_encoder(directory: Path, dtype: torch.dtype | None = None) -> Encoder:
     """The encoder in `directory`, in `dtype` or the file's own, ready to use: dropout is off until `.train()`."""
-    from bimo.models.empty import empty_encoder
-
-    config = read_encoder_config(directory)
-    model = empty_encoder(config)
-    _fill(model, directory, config, dtype)
-    return model.eval()
+    encoder: Encoder = _load(directory, read_encoder_config(directory), dtype)
+    return encoder
 
 
 def load_model(
     directory: Path, dtype: torch.dtype | None = None
 ) -> Decoder | Encoder | EncoderDecoder | LSTMLanguageModel:
-    """The model in `directory`, in `dtype` or the file's own, ready to use: dropout is off until `.train()`."""
-    from bimo.models.decoder import Decoder
+    """The model in `directory`, whatever it is, as `load_encoder` gives an encoder."""
+    model: Decoder | Encoder | EncoderDecoder | LSTMLanguageModel = _load(
+        directory, read_model_config(directory), dtype
+    )
+    return model
+
+
+def _load(directory: Path, config: ModelConfig, dtype: torch.dtype | None) -> Any:
     from bimo.models.empty import empty_model
 
-    config = read_model_config(directory)
     model = empty_model(config)
-    _fill(model, directory, config, dtype)
-    if isinstance(model, Decoder):
-        model.reset_rope()
-    return model.eval()
-
-
-def _fill(model: nn.Module, directory: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
     for name, tensor in load_weights(directory, config):
         model.load_state_dict({name: tensor.to(dtype, copy=True)}, strict=False, assign=True)
+    if isinstance(config, DecoderConfig):
+        model.reset_rope()
+    return model.eval()
 
 
 def _tensor_names(directory: Path) -> set[str]:

@@ -10,14 +10,12 @@ safetensors, and whoever reads them needs only torch.nn.LSTM.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bimo.errors import CorruptModelError, UnsupportedModelError
+from bimo.errors import UnsupportedModelError
 from bimo.formats.fields import Fields
 from bimo.formats.maps import Entry, Piece
-
-if TYPE_CHECKING:
-    from bimo.models.recurrent import LSTMConfig  # imports torch, which reading another model's settings does not need
+from bimo.models.config import LSTMConfig
 
 __all__ = ["LSTM_TYPE", "lstm_from_raw", "lstm_plan", "lstm_to_raw"]
 
@@ -31,8 +29,6 @@ def lstm_from_raw(raw: Any, *, where: str = "config.json") -> LSTMConfig:
     Raises UnsupportedModelError for another model_type or a setting this version does not know, and CorruptModelError
     for missing fields and impossible values.
     """
-    from bimo.models.recurrent import LSTMConfig
-
     fields = Fields(raw, where)
     if (kind := fields.text("model_type")) != LSTM_TYPE:
         raise UnsupportedModelError(f"{where}: model_type is {kind!r}, an LSTM's is {LSTM_TYPE}")
@@ -41,16 +37,13 @@ def lstm_from_raw(raw: Any, *, where: str = "config.json") -> LSTMConfig:
         raise UnsupportedModelError(
             f"{where}: an LSTM has no setting {unknown[0][:60]!r}, it has {', '.join(sorted(names))}"
         )
-    dropout = fields.number("dropout", low=0.0)
-    if dropout > 1:
-        raise CorruptModelError(f"{where}: dropout should be a share from 0 to 1, not {dropout:g}")
     return LSTMConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=fields.integer("hidden_size"),
         num_layers=fields.integer("num_layers", high=10_000),
         max_positions=fields.integer("max_positions"),
         tied_embeddings=fields.flag("tied_embeddings"),
-        dropout=dropout,
+        dropout=fields.share("dropout"),
     )
 
 
@@ -61,7 +54,7 @@ def lstm_to_raw(config: LSTMConfig) -> dict[str, Any]:
 
 def lstm_plan(config: LSTMConfig) -> dict[str, Entry]:
     """Every parameter, which is one tensor of the file under the same name (as `maps.tensor_plan`)."""
-    from bimo.models.empty import empty_lstm
+    from bimo.models.empty import empty_model
 
-    shapes = {name: tuple(parameter.shape) for name, parameter in empty_lstm(config).named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in empty_model(config).named_parameters()}
     return {name: Entry(shape, (Piece(name, shape),)) for name, shape in shapes.items()}

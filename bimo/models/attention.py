@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, H query heads, K key/value heads, E head_dim.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ class Attend(Protocol):
 
     In an encoder-decoder one such object serves the decoder's self-attention and another its cross-attention. Where
     scores depend on distance (T5), whoever keeps the keys knows their positions and adds `EncoderDecoder.decoder_bias`.
+
+    One that can do a layer's rotation and attention in a single pass has a method `jointly` (see models.packed).
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
@@ -34,26 +36,6 @@ class Attend(Protocol):
         only those before it, within `window`. Cross-attention: k and v are the source's, (B, S, K, E), or empty
         (S = 0) when the object has them already.
         """
-
-
-@runtime_checkable
-class AttendJointly(Protocol):
-    """What an `Attend` has besides, where it does a layer's rotation and attention in one."""
-
-    def takes(self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether it does so with these."""
-
-    def jointly(
-        self,
-        qkv: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        """qkv (B, T, (H + 2K) E), not yet rotated -> (B, T, H E)."""
 
 
 def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device | None = None) -> Tensor:
@@ -154,9 +136,10 @@ class Attention(nn.Module):
             k, v = (q[:, :0], q[:, :0]) if memory is None else self.keys_values(memory)
             return self.out_proj(attend(self.layer, q, k, v, scale=self.scale, window=self.window).flatten(-2))
         qkv = self.qkv_proj(x)
-        if self.q_norm is None and isinstance(attend, AttendJointly) and attend.takes(qkv, rope):
-            sizes = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
-            return self.out_proj(attend.jointly(qkv, rope, **sizes, scale=self.scale, window=self.window))
+        if self.q_norm is None and (jointly := getattr(attend, "jointly", None)) is not None:
+            out = jointly(qkv, rope, self.num_heads, self.num_kv_heads, scale=self.scale, window=self.window)
+            if out is not None:
+                return self.out_proj(out)
         heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
         qk, v = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), -2)
         if self.q_norm is not None and self.k_norm is not None:

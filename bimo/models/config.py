@@ -1,9 +1,9 @@
-"""The configurations of the one Transformer: as a decoder, as an encoder, and as both.
+"""The configurations of the one Transformer: as a decoder, as an encoder, and as both; and the LSTM's beside it.
 
 A family (GPT-2, GPT-Neo, Llama, Mistral, Qwen2, Qwen3; BERT; Marian, BART, T5) is a set of values here, never a class
 of its own. `formats.maps`, `formats.encoder_maps` and `formats.seq2seq_maps` turn a Hugging Face `config.json` or GGUF
-metadata into one and back. All have what a block reads (`models.block`): what is a choice for one and settled for the
-other is a constant there.
+metadata into one and back. All Transformers have what a block reads (`models.block`): what is a choice for one and
+settled for the other is a constant there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
-__all__ = ["SEQ2SEQ_FAMILIES", "DecoderConfig", "EncoderConfig", "RopeConfig", "Seq2SeqConfig", "TransformerConfig"]
+__all__ = [
+    "SEQ2SEQ_FAMILIES",
+    "DecoderConfig",
+    "EncoderConfig",
+    "LSTMConfig",
+    "ModelConfig",
+    "RopeConfig",
+    "Seq2SeqConfig",
+    "TransformerConfig",
+]
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -323,4 +332,30 @@ class Seq2SeqConfig:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LSTMConfig:
+    """Sizes count elements. The embedding is as wide as the state, since it is the head as well unless untied."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int = 2
+    max_positions: int = 1024  # tokens of a text it was trained on; nothing in it ends there
+    tied_embeddings: bool = True
+    dropout: float = 0.0  # in training only: on the embedding, between the layers, before the head
+
+    family: ClassVar[str] = "lstm"
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters, tied embeddings counted once."""
+        hidden = self.hidden_size
+        layer = 4 * (2 * hidden * hidden + 2 * hidden)  # four gates: two matrices and, as torch has it, two biases
+        return self.num_layers * layer + self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary of all fields."""
+        return dataclasses.asdict(self)
+
+
 TransformerConfig = DecoderConfig | EncoderConfig | Seq2SeqConfig
+ModelConfig = TransformerConfig | LSTMConfig

@@ -1,8 +1,8 @@
 """A model without weights, on the meta device: what names and shapes it has, and a frame to load weights into.
 
-    decoder = empty_decoder(config)
-    decoder.load_state_dict(weights, assign=True)
-    decoder.reset_rope()
+    model = empty_model(config)                     # MODELS[type(config)] is its class
+    model.load_state_dict(weights, assign=True)
+    model.reset_rope()                              # of a decoder
 
 Rotary tables are not weights: `reset_rope` makes them once the parameters are on a real device.
 """
@@ -13,15 +13,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from bimo.models.config import DecoderConfig, EncoderConfig
+from bimo.models.config import DecoderConfig, EncoderConfig, LSTMConfig, ModelConfig, Seq2SeqConfig
 from bimo.models.decoder import Decoder
 from bimo.models.encoder import Encoder
-from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
-from bimo.models.seq2seq import EncoderDecoder, Seq2SeqConfig
+from bimo.models.recurrent import LSTMLanguageModel
+from bimo.models.seq2seq import EncoderDecoder
 
-__all__ = ["empty_decoder", "empty_encoder", "empty_lstm", "empty_model", "empty_seq2seq"]
+__all__ = ["MODELS", "empty_model"]
+
+MODELS: dict[type, type[nn.Module]] = {
+    DecoderConfig: Decoder,
+    EncoderConfig: Encoder,
+    Seq2SeqConfig: EncoderDecoder,
+    LSTMConfig: LSTMLanguageModel,
+}
 
 
 class _SkipInit(TorchFunctionMode):
@@ -36,36 +44,7 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def empty_decoder(config: DecoderConfig) -> Decoder:
-    """The decoder with all parameters on the meta device (no memory, milliseconds)."""
+def empty_model(config: ModelConfig) -> Any:
+    """The model of a configuration with all parameters on the meta device (no memory, milliseconds)."""
     with torch.device("meta"), _SkipInit():
-        return Decoder(config)
-
-
-def empty_encoder(config: EncoderConfig) -> Encoder:
-    """The encoder with all parameters on the meta device; it has no tables to make afterwards."""
-    with torch.device("meta"), _SkipInit():
-        return Encoder(config)
-
-
-def empty_seq2seq(config: Seq2SeqConfig) -> EncoderDecoder:
-    """The encoder-decoder with all parameters on the meta device; it has no tables to make afterwards."""
-    with torch.device("meta"), _SkipInit():
-        return EncoderDecoder(config)
-
-
-def empty_lstm(config: LSTMConfig) -> LSTMLanguageModel:
-    """The LSTM with all parameters on the meta device."""
-    with torch.device("meta"), _SkipInit():
-        return LSTMLanguageModel(config)
-
-
-def empty_model(
-    config: DecoderConfig | EncoderConfig | Seq2SeqConfig | LSTMConfig,
-) -> Decoder | Encoder | EncoderDecoder | LSTMLanguageModel:
-    """The model of any configuration, with all parameters on the meta device."""
-    if isinstance(config, LSTMConfig):
-        return empty_lstm(config)
-    if isinstance(config, Seq2SeqConfig):
-        return empty_seq2seq(config)
-    return empty_encoder(config) if isinstance(config, EncoderConfig) else empty_decoder(config)
+        return MODELS[type(config)](config)

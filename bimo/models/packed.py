@@ -46,34 +46,26 @@ class PackedRows:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(window), scale=scale, enable_gqa=shared)
         return out.transpose(1, 2)
 
-    def takes(self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether `jointly` can do it: short rows, documents one after the other, and see `fused_training`."""
-        if qkv.shape[1] > LONGEST_IN_BLOCKS or not fused_training.can_attend(qkv, rope):
-            return False
-        if self._in_order is None:
-            self._in_order = bool((self.segments.diff(dim=1) >= 0).all())
-        return self._in_order
-
     def jointly(
         self,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        *,
         num_heads: int,
         num_kv_heads: int,
+        *,
         scale: float,
         window: int | None,
-    ) -> Tensor:
-        """The same as a call with what `qkv` (B, T, (H + 2K) E) holds, rotated: (B, T, H E)."""
-        return fused_training.packed_attention(
-            qkv,
-            rope,
-            self._first_seen(window),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            scale=scale,
-            block=BLOCK,
-        )
+    ) -> Tensor | None:
+        """The same as a call with what `qkv` (B, T, (H + 2 K) E) holds, rotated: (B, T, H E). None where it cannot be
+        done in one pass: long rows, documents that come again, and what `fused_training` does not take."""
+        if qkv.shape[1] > LONGEST_IN_BLOCKS or not fused_training.can_attend(qkv, rope):
+            return None
+        if self._in_order is None:
+            self._in_order = bool((self.segments.diff(dim=1) >= 0).all())
+        if not self._in_order:
+            return None
+        sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "block": BLOCK}
+        return fused_training.packed_attention(qkv, rope, self._first_seen(window), scale=scale, **sizes)
 
     def _first_seen(self, window: int | None) -> Tensor:
         """(B, T) int32: the first token that each token sees."""

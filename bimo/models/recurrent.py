@@ -11,41 +11,14 @@ after the other, in training too, and all that is remembered has to fit into the
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bimo.models.config import LSTMConfig
 
 __all__ = ["LSTMConfig", "LSTMLanguageModel"]
 
 State = tuple[Tensor, Tensor]  # hidden and cell, (num_layers, B, D) each
-
-
-@dataclass(frozen=True, kw_only=True)
-class LSTMConfig:
-    """Sizes count elements. The embedding is as wide as the state, since it is the head as well unless untied."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int = 2
-    max_positions: int = 1024  # tokens of a text it was trained on; nothing in it ends there
-    tied_embeddings: bool = True
-    dropout: float = 0.0  # in training only: on the embedding, between the layers, before the head
-
-    family: ClassVar[str] = "lstm"
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable parameters, tied embeddings counted once."""
-        hidden = self.hidden_size
-        layer = 4 * (2 * hidden * hidden + 2 * hidden)  # four gates: two matrices and, as torch has it, two biases
-        return self.num_layers * layer + self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary of all fields."""
-        return dataclasses.asdict(self)
 
 
 class LSTMLanguageModel(nn.Module):

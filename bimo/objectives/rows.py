@@ -1,7 +1,8 @@
 """Which rows of a batch are scored, in numbers that do not change from step to step.
 
-oneDNN generates code for every size of product it meets, and keeps it: with a different number of predicted words in
-each batch a training spent a third of its time on that, and grew by gigabytes. So sizes are rounded up.
+oneDNN generates code for every size of product it meets, and keeps it: with other lengths and another number of
+predicted words in each batch a small translator's training grew from 1.3 to 3.5 GB in 60 steps, and on. With sizes
+rounded up it stays at 1.3 GB; the padding costs as much time as the code did (LOG.md).
 """
 
 from __future__ import annotations

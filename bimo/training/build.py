@@ -10,31 +10,19 @@ from dataclasses import replace
 from typing import Any
 
 from bimo.errors import UsageError
-from bimo.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
-from bimo.models.decoder import Decoder
-from bimo.models.encoder import Encoder
+from bimo.models.config import DecoderConfig, EncoderConfig, LSTMConfig, ModelConfig, Seq2SeqConfig
+from bimo.models.empty import MODELS
 from bimo.models.initial import init_weights
-from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
-from bimo.models.seq2seq import EncoderDecoder
 from bimo.recipe import ModelRecipe, ObjectiveRecipe
 from bimo.tokenizer.load import Tokenizer
 from bimo.tokenizer.train import PAD
 
-__all__ = ["Model", "ModelConfig", "build_model", "decoder_config", "model_config"]
-
-ModelConfig = DecoderConfig | EncoderConfig | Seq2SeqConfig | LSTMConfig
-Model = Decoder | Encoder | EncoderDecoder | LSTMLanguageModel
-CLASSES: dict[type, Any] = {
-    DecoderConfig: Decoder,
-    EncoderConfig: Encoder,
-    Seq2SeqConfig: EncoderDecoder,
-    LSTMConfig: LSTMLanguageModel,
-}
+__all__ = ["build_model", "decoder_config", "model_config"]
 
 
 def build_model(config: ModelConfig, seed: int) -> Any:
     """A model of `config`; the same seed gives the same weights."""
-    model = CLASSES[type(config)](config)
+    model: Any = MODELS[type(config)](config)
     init_weights(model, seed)
     return model
 

@@ -2,8 +2,8 @@
 
 A run that goes on after an end goes on there too: the service's name for it is kept in the run's folder.
 
-tracker = TRACKERS["tensorboard"](folder, "quickstart", settings, start_step=0)
-tracker.log(100, {"loss": 3.2, "validation/zh/bits_per_byte": 1.9}); tracker.close()
+    tracker = TRACKERS["tensorboard"](folder, "quickstart", settings, start_step=0)
+    tracker.log(100, {"loss": 3.2, "validation/zh/bits_per_byte": 1.9}); tracker.close()
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from bimo.backends.local import LocalBackend
 from bimo.cli.main import main
 from bimo.errors import CorruptModelError, UnsupportedModelError, UsageError
 from bimo.formats.huggingface import save_directory
-from bimo.models.config import EncoderConfig, Seq2SeqConfig
+from bimo.models.config import EncoderConfig, LSTMConfig, Seq2SeqConfig
 from bimo.models.encoder import Encoder
-from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+from bimo.models.recurrent import LSTMLanguageModel
 from bimo.models.seq2seq import EncoderDecoder
 from bimo.serving.app import create_app
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -299,7 +300,9 @@ def test_a_quote_that_is_never_closed_does_not_take_the_whole_file(file: Any, mo
     import bimo.data.readers as readers
 
     monkeypatch.setattr(readers, "MAX_FIELD", 100)
+    limit = csv.field_size_limit()
     documents, damages = read(file("a.csv", 'text\na\n"b\n' + "c\n" * 200))
+    assert csv.field_size_limit() == limit  # it is of the whole process
     assert documents[0].text == "a"
     assert len(documents) > 100
     assert len(damages) == 1

@@ -14,7 +14,8 @@ from bimo.engine.engine import Engine, EngineConfig
 from bimo.engine.request import Request, SamplingParams
 from bimo.engine.runner import ModelRunner
 from bimo.errors import ContextLengthError, UsageError
-from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+from bimo.models.config import LSTMConfig
+from bimo.models.recurrent import LSTMLanguageModel
 from bimo.tokenizer.load import Tokenizer
 
 from .conftest import Answer, play, run

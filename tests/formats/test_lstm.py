@@ -13,8 +13,9 @@ import torch
 from bimo.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError, UsageError
 from bimo.formats.huggingface import load_model, read_model_config, save_directory
 from bimo.formats.lstm import lstm_from_raw, lstm_to_raw
+from bimo.models.config import LSTMConfig
 from bimo.models.initial import init_weights
-from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+from bimo.models.recurrent import LSTMLanguageModel
 
 CONFIG = LSTMConfig(vocab_size=30, hidden_size=16, num_layers=2, max_positions=77, dropout=0.25)
 

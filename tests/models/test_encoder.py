@@ -9,7 +9,7 @@ import torch
 
 from bimo.errors import UsageError
 from bimo.models.config import EncoderConfig
-from bimo.models.empty import empty_encoder
+from bimo.models.empty import empty_model
 from bimo.models.encoder import Encoder
 from bimo.models.initial import init_weights
 from bimo.objectives.masked import IGNORED, mask_tokens, masked_loss
@@ -141,7 +141,7 @@ def test_impossible_configs(change: dict[str, object], said: str) -> None:
 
 def test_an_empty_one_has_the_same_names_and_no_memory() -> None:
     shapes = {name: parameter.shape for name, parameter in make().named_parameters()}
-    empty = dict(empty_encoder(CONFIG).named_parameters())
+    empty = dict(empty_model(CONFIG).named_parameters())
     assert {name: parameter.shape for name, parameter in empty.items()} == shapes
     assert all(parameter.is_meta for parameter in empty.values())
 

@@ -394,9 +394,10 @@ def test_elsewhere_plain_torch_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_documents_out_of_order_are_masked() -> None:
     """Equal segments that are not side by side: the loops know only the first token that is seen."""
     qkv = torch.zeros(1, 3, 48, dtype=BF16)
+    settings = {"num_heads": 1, "num_kv_heads": 1, "scale": 1.0, "window": None}
     with torch.autocast("cpu", BF16):
-        assert PackedRows(torch.tensor([[0, 0, 1]]), BF16).takes(qkv, None)
-        assert not PackedRows(torch.tensor([[0, 1, 0]]), BF16).takes(qkv, None)
+        assert PackedRows(torch.tensor([[0, 0, 1]]), BF16).jointly(qkv, None, **settings) is not None
+        assert PackedRows(torch.tensor([[0, 1, 0]]), BF16).jointly(qkv, None, **settings) is None
 
 
 @needs_kernels

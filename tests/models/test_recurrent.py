@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bimo.models.config import LSTMConfig
 from bimo.models.initial import init_weights
-from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+from bimo.models.recurrent import LSTMLanguageModel
 
 CONFIG = LSTMConfig(vocab_size=30, hidden_size=16, num_layers=2)
 

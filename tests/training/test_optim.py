@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bimo.errors import UsageError
-from bimo.models.config import Seq2SeqConfig
-from bimo.models.recurrent import LSTMConfig, LSTMLanguageModel
+from bimo.models.config import LSTMConfig, Seq2SeqConfig
+from bimo.models.recurrent import LSTMLanguageModel
 from bimo.models.seq2seq import EncoderDecoder
 from bimo.objectives.causal import causal_loss
 from bimo.recipe import TrainingRecipe
