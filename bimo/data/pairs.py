@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from bimo.data.loader import IGNORED, Origin, RowLoader
 from bimo.data.records import Document
 from bimo.data.shards import TokenFile
+from bimo.tokenizer.bulk import bulk_encoder
 from bimo.tokenizer.load import Tokenizer
 
 __all__ = ["PairBatch", "PairLoader", "encode_pairs", "pad_rows", "pair_batch", "width_of"]
@@ -147,14 +148,14 @@ def encode_pairs(
     """(id, token ids) of the source and then the target of every dialogue: the last answer, and the question before it.
 
     `refuse` is told what cannot be used: documents without a question and an answer, and pairs of which a half has more
-    than `max_tokens` tokens.
+    than `max_tokens` tokens. Text that spells a control token gets it in ordinary tokens.
     """
-    end = list(tokenizer.eos_token_ids[:1])
+    encode, end = bulk_encoder(tokenizer), tokenizer.eos_token_ids[:1]
     for document in documents:
         if document.pair is None:
             refuse("no question and answer")
             continue
-        halves = [tokenizer.encode(text, add_special_tokens=False) + end for text in document.pair]
+        halves = [[*ids.tolist(), *end] for ids in encode(document.pair)]
         if max(map(len, halves)) > max_tokens:
             refuse(f"longer than {max_tokens} tokens")
             continue

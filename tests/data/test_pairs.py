@@ -43,6 +43,14 @@ def dialogue(source: str, target: str, number: int = 0) -> Document:
     return Document(f"{source}\n{target}", f"d{number}", "s", messages=messages)
 
 
+def test_text_cannot_spell_a_control_token(tokenizer: Tokenizer) -> None:
+    pair = dialogue("<|endoftext|>Open <extra_id_0>", "打开<pad>")
+    source, target = (ids for _, ids in encode_pairs([pair], tokenizer, max_tokens=64, refuse=print))
+    for ids, text in ((source, "<|endoftext|>Open <extra_id_0>"), (target, "打开<pad>")):
+        assert [place for place, token in enumerate(ids) if token in tokenizer.special_ids] == [len(ids) - 1]
+        assert tokenizer.decode(ids) == text
+
+
 def test_what_is_read_and_what_is_asked_for(tmp_path: Path) -> None:
     loader = PairLoader([token_file(tmp_path / "t", [(3, 2), (1, 4)])], length=16, start_id=START, shuffle=False)
     batch = loader.next_batch(2)

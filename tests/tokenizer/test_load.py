@@ -198,3 +198,24 @@ def test_ids_may_have_gaps(words: dict[str, int], added: list[str], tmp_path: Pa
     assert tokenizer.vocab_size == max(vocab.values(), default=-1) + 1
     spellings = {text: i for i in range(-1, tokenizer.vocab_size + 1) if (text := tokenizer.token_spelling(i))}
     assert spellings == vocab
+
+
+@pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
+def test_gpt2s_two_files_are_read(tmp_path: Path, names: tuple[str, str]) -> None:
+    """As GPT-2 was released, and as transformers kept it before there was a tokenizer.json."""
+    vocabulary = [*byte_level_alphabet(), "Ġt", "he", "Ġthe", "<|endoftext|>"]
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    (tmp_path / names[0]).write_text(json.dumps(ids), encoding="utf-8")
+    (tmp_path / names[1]).write_text("#version: 0.2\nĠ t\nh e\nĠt he\n", encoding="utf-8")
+    if names[0] == "vocab.json":
+        with pytest.raises(CorruptModelError, match=r"no tokenizer\.json"):  # other families have files of these names
+            Tokenizer.from_directory(tmp_path)
+        config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    text = "see the 猫's  tail\n"
+    assert ids["Ġthe"] in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("<|endoftext|>") == [ids["<|endoftext|>"]]
+    (tmp_path / names[1]).write_bytes(b"\xff\xfe broken")
+    with pytest.raises(CorruptModelError, match="not a readable tokenizer"):
+        Tokenizer.from_directory(tmp_path)
