@@ -94,6 +94,7 @@ def measure(command: Sequence[str | Path], log: Path) -> dict[str, float]:
     import psutil
 
     before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
+    spent: dict[tuple[int, float], float] = {}  # of processes that the system counts for nobody: a server's that forks
     with log.open("w") as said:
         process = subprocess.Popen([str(part) for part in command], stdout=said, stderr=said, cwd=ROOT)
         tree = psutil.Process(process.pid)
@@ -102,6 +103,8 @@ def measure(command: Sequence[str | Path], log: Path) -> dict[str, float]:
             for one in (tree, *_children(tree)):
                 try:
                     held += one.memory_info().rss
+                    times = one.cpu_times()
+                    spent[one.pid, one.create_time()] = times.user + times.system
                 except psutil.Error:
                     continue
             peak = max(peak, held)
@@ -110,7 +113,8 @@ def measure(command: Sequence[str | Path], log: Path) -> dict[str, float]:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise RuntimeError(lines[-1] if lines else f"exit code {process.returncode}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    waited_for = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    processor = max(waited_for, sum(spent.values()))
     return {"seconds": time.perf_counter() - start, "processor": processor, "peak_mb": peak / 1e6}
 
 

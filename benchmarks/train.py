@@ -140,7 +140,7 @@ def main() -> None:
                     make_model(shape, Path(folder) / "model")
                     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train", "--dtype", arguments.dtype]
                     command += ["--worker", engine, shape, str(Path(folder) / "model")]
-                    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
                 result = json.loads(told[told.index("RESULT") + 6 :])
                 speeds[engine].append(rows * length / statistics.median(result["seconds"][WARM_UP:]))
                 losses[engine] = result["losses"]

@@ -128,7 +128,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document.text)
+        size += len(document.text) + 1  # empty ones add up too
         if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
