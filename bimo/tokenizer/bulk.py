@@ -128,10 +128,8 @@ def _ranks(backend: Any) -> dict[bytes, int] | None:
     vocabulary = {token: number for token, number in model["vocab"].items() if token not in specials}
     made = [vocabulary.get("".join(pair), -1) for pair in model["merges"]]
     in_order = all(earlier < later for earlier, later in zip([-1, *made], made, strict=False))
-    if not in_order or set(vocabulary.values()) != {
-        *made,
-        *(vocabulary[char] for char in alphabet if char in vocabulary),
-    }:
+    single = {vocabulary[char] for char in alphabet if char in vocabulary}
+    if not in_order or set(vocabulary.values()) != single.union(made):
         return None
     if any(len(backend.model.tokenize(token)) != 1 for token in vocabulary):
         return None
