@@ -25,7 +25,6 @@ from bimo.data.records import Document
 from bimo.errors import DataError
 from bimo.recipe import Recipe
 from bimo.registries.trouble import Progress
-from bimo.runtime import return_free_memory
 
 if TYPE_CHECKING:
     from bimo.data.shards import TokenFile
@@ -84,7 +83,6 @@ def make_tokenizer(recipe: Recipe, folder: Path, prepared: Prepared, progress: P
         backend = train_tokenizer(
             _sample(prepared, recipe.tokenizer.sample_bytes), kind=kind, vocab_size=size, extra=extra
         )
-        return_free_memory()  # a gigabyte, which would stay with the training
         shutil.rmtree(place, ignore_errors=True)
         save_tokenizer(backend, place, model_max_length=recipe.model.context_length)
         stamp.write_text(mark, encoding="utf-8")

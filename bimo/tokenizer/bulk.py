@@ -60,7 +60,8 @@ def bulk_encoder(tokenizer: Tokenizer) -> BulkEncode:
 
     Text that spells a control token gets it in ordinary tokens. Raises UsageError for lone surrogates.
     """
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    spelled = tokenizer.backend.to_str()
+    backend, parts = tokenizers.Tokenizer.from_str(spelled), json.loads(spelled)
     backend.encode_special_tokens = True
 
     def exactly(texts: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -69,7 +70,7 @@ def bulk_encoder(tokenizer: Tokenizer) -> BulkEncode:
         found = backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in found]
 
-    pattern, ranks = _words_pattern(backend), _ranks(backend)
+    pattern, ranks = _words_pattern(parts), _ranks(parts, backend.model)
     lost = None if ranks is None else _characters_without_tokens(ranks)
     if pattern is None or ranks is None or lost is None:
         return exactly
@@ -99,12 +100,11 @@ def _has_short_words(text: str) -> bool:
     return len(text) <= _LONGEST or (bool(_SHORT_WORDS.fullmatch(text)) and not _LONG_OTHERS.search(text))
 
 
-def _words_pattern(backend: Any) -> str | None:
-    """The one regular expression that cuts words as this tokenizer does, if its way is among those known here."""
-    whole = json.loads(backend.to_str())
-    if whole["normalizer"] is not None:
+def _words_pattern(parts: dict[str, Any]) -> str | None:
+    """The one regular expression that cuts words as this tokenizer.json does, if its way is among those known here."""
+    if parts["normalizer"] is not None:
         return None
-    way = whole["pre_tokenizer"] or {}
+    way = parts["pre_tokenizer"] or {}
     steps = way["pretokenizers"] if way.get("type") == "Sequence" else [way]
     by_bytes = {"type": "ByteLevel", "add_prefix_space": False}
     match [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]:
@@ -117,10 +117,10 @@ def _words_pattern(backend: Any) -> str | None:
     return None
 
 
-def _ranks(backend: Any) -> dict[bytes, int] | None:
-    """Token's bytes -> id, where merging by them equals merging by pairs (see above); else None."""
-    whole = json.loads(backend.to_str())
-    model, added = whole["model"], whole["added_tokens"]
+def _ranks(parts: dict[str, Any], cut: Any) -> dict[bytes, int] | None:
+    """Token's bytes -> id, where merging by them equals merging by pairs (see above); else None. cut: the same model as
+    `tokenizers` has it."""
+    model, added = parts["model"], parts["added_tokens"]
     plain = all(not model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
     if model["type"] != "BPE" or not plain or not all(token["special"] for token in added):
         return None
@@ -131,7 +131,7 @@ def _ranks(backend: Any) -> dict[bytes, int] | None:
     single = {vocabulary[char] for char in alphabet if char in vocabulary}
     if not in_order or set(vocabulary.values()) != single.union(made):
         return None
-    if any(len(backend.model.tokenize(token)) != 1 for token in vocabulary):
+    if any(len(cut.tokenize(token)) != 1 for token in vocabulary):
         return None
     return {bytes(alphabet[char] for char in token): number for token, number in vocabulary.items()}
 

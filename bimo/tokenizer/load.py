@@ -275,7 +275,7 @@ def _read_backend(directory: Path, config: dict[str, Any]) -> tokenizers.Tokeniz
             file = directory / vocabulary
             if file.is_file() and (directory / merges).is_file():
                 model = tokenizers.models.BPE.from_file(str(file), str(directory / merges))
-                return _gpt2_backend(model)
+                return _gpt2_backend(model, add_prefix_space=bool(config.get("add_prefix_space")))
     except Exception as error:  # the Rust library raises bare Exception
         raise CorruptModelError(f"{file} is not a readable tokenizer ({error}): fetch the model again") from error
     raise CorruptModelError(
@@ -283,10 +283,10 @@ def _read_backend(directory: Path, config: dict[str, Any]) -> tokenizers.Tokeniz
     )
 
 
-def _gpt2_backend(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
+def _gpt2_backend(model: tokenizers.models.BPE, *, add_prefix_space: bool) -> tokenizers.Tokenizer:
     """As GPT-2 cuts text: words by its own regular expression, then bytes."""
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = tokenizers.decoders.ByteLevel()
     if backend.token_to_id("<|endoftext|>") is not None:
         backend.add_special_tokens(["<|endoftext|>"])

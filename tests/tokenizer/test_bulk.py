@@ -75,9 +75,21 @@ def encode(trained: dict[str, Tokenizer]) -> dict[str, BulkEncode]:
     return {kind: bulk_encoder(tokenizer) for kind, tokenizer in trained.items()}
 
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+GPT2S_WORDS = {
+    "gpt2": BYTES,
+    "digits": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]},
+}
+
+
 @pytest.fixture(scope="session")
-def encode_smollm2(smollm2: Tokenizer) -> BulkEncode:
-    return bulk_encoder(smollm2)
+def of_smollm2(smollm2: Tokenizer) -> dict[str, tuple[Tokenizer, BulkEncode]]:
+    """Its vocabulary, with its own words and with two others'."""
+    made = {"its own": smollm2}
+    for name, way in GPT2S_WORDS.items():
+        made[name] = changed(smollm2, lambda whole, way=way: whole.update(pre_tokenizer=way))  # type: ignore[misc]
+    assert all(map(takes_the_quick_way, made.values()))
+    return {name: (tokenizer, bulk_encoder(tokenizer)) for name, tokenizer in made.items()}
 
 
 @given(texts=st.lists(TEXT, max_size=5))
@@ -90,9 +102,10 @@ def test_the_same_ids_as_one_text_alone(
 
 
 @given(texts=st.lists(TEXT, max_size=4))
-@settings(max_examples=150, deadline=None)
-def test_the_same_ids_with_smollm2s_words(smollm2: Tokenizer, encode_smollm2: BulkEncode, texts: list[str]) -> None:
-    assert [ids.tolist() for ids in encode_smollm2(texts)] == [plain(smollm2, text) for text in texts]
+@settings(max_examples=200, deadline=None)
+def test_the_same_ids_with_gpt2s_words(of_smollm2: dict[str, tuple[Tokenizer, BulkEncode]], texts: list[str]) -> None:
+    for tokenizer, encode_all in of_smollm2.values():
+        assert [ids.tolist() for ids in encode_all(texts)] == [plain(tokenizer, text) for text in texts]
 
 
 @pytest.mark.parametrize("number", [LONGEST_WORD - 2, LONGEST_WORD - 1, LONGEST_WORD, LONGEST_WORD + 1, 5000])
