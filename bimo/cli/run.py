@@ -131,10 +131,11 @@ def _train(recipe: Recipe, folder: Path, texts: Texts, ranks: Ranks) -> dict[str
     from bimo.recipe import save_recipe
     from bimo.training.build import build_model, model_config
     from bimo.training.distributed import anywhere, from_main, training_device
-    from bimo.training.session import finished, train_run
+    from bimo.training.session import Job, finished, train_run
 
     tell: Callable[[str], None] = _tell if ranks.is_main else lambda text: None
-    lineage = from_main(ranks, lambda: finished(recipe, folder, texts))
+    job = Job.of(recipe)
+    lineage = from_main(ranks, lambda: finished(job, folder, texts))
     if lineage is None:
         objective, make_loader = make_objective(recipe, texts.tokenizer)
         config = model_config(recipe.model, recipe.objective, texts.tokenizer)
@@ -144,7 +145,7 @@ def _train(recipe: Recipe, folder: Path, texts: Texts, ranks: Ranks) -> dict[str
         tell(f"{size / 1e6:.1f}M parameters, {tokens / 1e6:.2f}M tokens of text, "
              f"{recipe.training.steps} steps of {recipe.training.batch_tokens} tokens"
              + (f", {ranks.world_size} processes" if ranks.world_size > 1 else ""))  # fmt: skip
-        events = train_run(recipe, folder, model, objective, texts, tell, ranks, make_loader)
+        events = train_run(job, folder, model, objective, texts, tell, ranks, make_loader)
         display = _display(recipe.training.steps) if ranks.is_main else contextlib.nullcontext(lambda event: None)
         with display as show, _interruptible(ranks) as interrupted, contextlib.closing(events):
             for event in events:
@@ -153,7 +154,7 @@ def _train(recipe: Recipe, folder: Path, texts: Texts, ranks: Ranks) -> dict[str
                     events.close()  # writes a checkpoint
                     tell(f"stopped after step {event.step}: the same command goes on from there")
                     raise KeyboardInterrupt
-        lineage = from_main(ranks, lambda: finished(recipe, folder, texts)) or {}
+        lineage = from_main(ranks, lambda: finished(job, folder, texts)) or {}
     if ranks.is_main:
         save_recipe(recipe, folder / "recipe.toml")
     return {"model": str(folder / "model"), "scores": lineage.get("scores", {})}

@@ -1,6 +1,6 @@
 """A whole training: the loop's stream, and what is done with it. Resumes by itself.
 
-    for event in train_run(recipe, folder, model, texts, warn=print):
+    for event in train_run(Job.of(recipe), folder, model, objective, texts, warn=print):
         if isinstance(event, StepInfo): ...            # every step
         else: print(event.step, event.scores)          # Evaluation
 
@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from bimo.data.loader import PackedLoader, RowLoader
 from bimo.data.shards import TokenFile, fingerprint
 from bimo.errors import DataError, UsageError
 from bimo.models.block import Block
-from bimo.recipe import Recipe
+from bimo.recipe import Recipe, TrainingRecipe
 from bimo.runtime import Ranks
 from bimo.tokenizer.load import Tokenizer
 from bimo.training.checkpoint import latest_checkpoint, load_checkpoint, remove_old, save_checkpoint, save_model
@@ -41,7 +41,7 @@ from bimo.training.optim import make_optimizers
 from bimo.training.trackers import TRACKERS, Tracker
 from bimo.training.validation import MakeLoader, Score, bytes_of_tokens, validate
 
-__all__ = ["Evaluation", "Texts", "finished", "read_metrics", "train_run"]
+__all__ = ["Evaluation", "Job", "Texts", "finished", "read_metrics", "train_run"]
 
 BEST = "best"  # the model directory of the best evaluation so far, where training may stop early
 WITHOUT_EFFECT = ("eval_every", "eval_tokens", "checkpoint_minutes", "keep_checkpoints", "parallel", "trackers")
@@ -54,6 +54,36 @@ class Texts:
     train: Mapping[str, TokenFile]
     validation: Mapping[str, TokenFile]
     tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, whichever part of a recipe says it.
+
+    weights: of the training files, by their names; 1 if not given. what: all else that changes a step, JSON-ready.
+    about: what bimo.json tells of it.
+    """
+
+    name: str
+    seed: int
+    training: TrainingRecipe
+    weights: Mapping[str, float] = field(default_factory=dict)
+    what: Any = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Job:
+        """The pretraining that a recipe describes."""
+        weights = {source.name: source.weight for source in recipe.data.sources}
+        what = [part.model_dump(mode="json") for part in (recipe.model, recipe.objective)]
+        about = {"recipe": recipe.model_dump(mode="json")}
+        return cls(recipe.name, recipe.seed, recipe.training, weights, what, about)
+
+    def identity(self, texts: Texts) -> str:
+        """What a resumed run must have in common with the one before: all that changes a step."""
+        training = self.training.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+        files = [(name, fingerprint(file.folder / "about.json")) for name, file in sorted(texts.train.items())]
+        return fingerprint(self.seed, self.what, training, files, list(self.weights.items()))
 
 
 @dataclass(frozen=True)
@@ -70,7 +100,7 @@ class Evaluation:
 
 
 def train_run(
-    recipe: Recipe,
+    job: Job,
     folder: Path,
     model: Any,
     objective: Objective,
@@ -79,33 +109,33 @@ def train_run(
     ranks: Ranks = Ranks(),
     make_loader: MakeLoader = PackedLoader,
 ) -> Generator[StepInfo | Evaluation, None, None]:
-    """Train `model` (its first weights set) as the recipe says, from the latest checkpoint in `folder` where one is.
+    """Train `model` (its first weights set) as the job says, from the latest checkpoint in `folder` where one is.
 
     objective and make_loader belong together (objectives.kinds): what the one makes of files the other learns from.
 
     Closing the generator writes a checkpoint; of several processes all must close it at the same event.
     Raises TrainingError (bad loss), DataError (a checkpoint of another model), UsageError (too little text).
     """
-    run = _Run(recipe, folder, model, objective, texts, warn, ranks, make_loader)
+    run = _Run(job, folder, model, objective, texts, warn, ranks, make_loader)
     try:
         yield from run.events()
     finally:
         run.close()
 
 
-def finished(recipe: Recipe, folder: Path, texts: Texts) -> dict[str, Any] | None:
-    """The lineage of folder/model, if that is what this recipe makes of these texts."""
+def finished(job: Job, folder: Path, texts: Texts) -> dict[str, Any] | None:
+    """The lineage of folder/model, if that is what this job makes of these texts."""
     try:
         lineage = json.loads((folder / "model" / "bimo.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return lineage if isinstance(lineage, dict) and lineage.get("mark") == _identity(recipe, texts) else None
+    return lineage if isinstance(lineage, dict) and lineage.get("mark") == job.identity(texts) else None
 
 
 class _Run:
     def __init__(
         self,
-        recipe: Recipe,
+        job: Job,
         folder: Path,
         model: Any,
         objective: Objective,
@@ -114,8 +144,8 @@ class _Run:
         ranks: Ranks,
         make_loader: MakeLoader,
     ) -> None:
-        self.recipe, self.folder, self.texts, self.warn, self.ranks = recipe, folder, texts, warn, ranks
-        self.training, self.make_loader = recipe.training, make_loader
+        self.job, self.folder, self.texts, self.warn, self.ranks = job, folder, texts, warn, ranks
+        self.training, self.make_loader = job.training, make_loader
         self.context = model.config.max_positions
         self.sizes = bytes_of_tokens(texts.tokenizer)
         self.validation = {name: file for name, file in texts.validation.items() if self._has_row(file)}
@@ -123,8 +153,8 @@ class _Run:
             warn(f"there is less validation text than one row of {self.context} tokens: nothing is evaluated")
         self.best, self.since_best, self.evaluated_at = float("inf"), 0, 0
         self.scores: dict[str, dict[str, float]] = {}  # figures of the last evaluation, by language
-        self.mark = _identity(recipe, texts)
-        torch.manual_seed(recipe.seed + ranks.rank)  # only dropout draws from it
+        self.mark = job.identity(texts)
+        torch.manual_seed(job.seed + ranks.rank)  # only dropout draws from it
         self._prepare_model(model)
         self.objective = parallelize(model, objective, self.training.parallel, ranks)
         self.state = TrainingState(model, make_optimizers(model, self.training), self._loader(0), ranks=ranks)
@@ -136,7 +166,7 @@ class _Run:
         start = self.state.step
         self.metrics = _Metrics(folder / "metrics.jsonl", start) if ranks.is_main else None
         self.trackers: list[Tracker] = [
-            TRACKERS[name](folder, recipe.name, settings, start) for name in self.training.trackers if ranks.is_main
+            TRACKERS[name](folder, job.name, settings, start) for name in self.training.trackers if ranks.is_main
         ]
         self.saved_at = time.monotonic()
 
@@ -191,11 +221,10 @@ class _Run:
 
     def _loader(self, step: int) -> RowLoader:
         length, _ = current_stage(step, self.training, self.context)
-        weights = {source.name: source.weight for source in self.recipe.data.sources}
         names = sorted(self.texts.train)
         files = [self.texts.train[name] for name in names]
         loader = self.make_loader(
-            files, length=length, seed=self.recipe.seed, weights=[weights.get(name, 1.0) for name in names]
+            files, length=length, seed=self.job.seed, weights=[self.job.weights.get(name, 1.0) for name in names]
         )
         for name, file, rows in zip(names, files, loader.num_rows, strict=True):
             if not rows:
@@ -287,21 +316,12 @@ class _Run:
     def _lineage(self) -> dict[str, Any]:
         return {
             "mark": self.mark,
-            "recipe": self.recipe.model_dump(mode="json"),
+            **self.job.about,
             "steps": self.state.step,
             "tokens": self.state.tokens,
             "scores": self.scores,
             "data": {name: fingerprint(file.folder / "about.json") for name, file in self.texts.train.items()},
         }
-
-
-def _identity(recipe: Recipe, texts: Texts) -> str:
-    """What a resumed run must have in common with the one before: all that changes a step."""
-    training = recipe.training.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
-    files = [(name, fingerprint(file.folder / "about.json")) for name, file in sorted(texts.train.items())]
-    weights = [(source.name, source.weight) for source in recipe.data.sources]
-    what = [part.model_dump(mode="json") for part in (recipe.model, recipe.objective)]
-    return fingerprint(recipe.seed, what, training, files, weights)
 
 
 def _checkpointed(checkpoint: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:

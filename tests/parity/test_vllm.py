@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import bimo
 from benchmarks.peers import is_ready, python_of
 from bimo.objectives.causal import causal_loss
-from bimo.training.session import train_run
+from bimo.training.session import Job, train_run
 from tests.training.tiny import build, make_recipe, make_texts
 
 pytestmark = [
@@ -53,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = make_recipe(steps=60, learning_rate=5e-3, checkpoint_minutes=60, eval_every=60)
     shape = {"hidden_size": 64, "context_length": 64}  # vLLM's attention on a CPU has heads of 32 and more
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=shape)})
-    for _ in train_run(recipe, folder, build(recipe, texts), causal_loss, texts, print):
+    for _ in train_run(Job.of(recipe), folder, build(recipe, texts), causal_loss, texts, print):
         pass
     return folder / "model"
 

@@ -24,7 +24,7 @@ from bimo.tokenizer.train import SEQ2SEQ_TOKENS
 from bimo.training.build import build_model, model_config
 from bimo.training.checkpoint import checkpoints
 from bimo.training.loop import StepInfo
-from bimo.training.session import Evaluation, Texts, train_run
+from bimo.training.session import Evaluation, Job, Texts, train_run
 from tests.training.tiny import build, make_recipe, make_texts
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def play(recipe: Recipe, folder: Path, texts: Texts, until: int = STEPS, ranks: 
     """The events of a run up to a step."""
     objective, make_loader = make_objective(recipe, texts.tokenizer)
     model = build_model(model_config(recipe.model, recipe.objective, texts.tokenizer), recipe.seed)
-    events = train_run(recipe, folder, model, objective, texts, print, ranks, make_loader)
+    events = train_run(Job.of(recipe), folder, model, objective, texts, print, ranks, make_loader)
     seen: list[Any] = []
     for event in events:
         seen.append(event)
@@ -86,7 +86,7 @@ from bimo.objectives.causal import Loss, causal_loss
 from bimo.runtime import ranks
 from bimo.tokenizer.load import Tokenizer
 from bimo.training.distributed import from_main, process_group
-from bimo.training.session import Texts, train_run
+from bimo.training.session import Job, Texts, train_run
 from tests.training.test_distributed import HALF, KINDS, build, numbers, other_models, play, recipe_of
 
 train, validation = ({name: TokenFile.open(texts_folder / f"{name}-{part}") for name in ("en", "zh")} for part in "tv")
@@ -118,10 +118,10 @@ with process_group(mine):
         dcp.HuggingFaceStorageWriter = Writer
         said = lambda text: (folder / f"said-{mine.rank}").open("a").write(text + "\\n")
         recipe = recipe_of("fsdp", eval_every=100, checkpoint_minutes=0)
-        list(train_run(recipe, folder / "run", build(recipe, texts), causal_loss, texts, said, mine))
+        list(train_run(Job.of(recipe), folder / "run", build(recipe, texts), causal_loss, texts, said, mine))
     if sys.argv[4] == "nan":
         recipe = recipe_of("ddp", eval_every=100)
-        list(train_run(recipe, folder / "nan", build(recipe, texts), bad, texts, print, mine))
+        list(train_run(Job.of(recipe), folder / "nan", build(recipe, texts), bad, texts, print, mine))
     found = {}
     for kind in KINDS:
         for optimizer in ("adamw", "muon"):
@@ -269,7 +269,7 @@ def test_a_missing_part_gives_way_to_the_checkpoint_before(died: Path, one: Any,
     part.unlink()
     said: list[str] = []
     recipe = recipe_of("auto")
-    events = list(train_run(recipe, folder, build(recipe, texts), causal_loss, texts, said.append))
+    events = list(train_run(Job.of(recipe), folder, build(recipe, texts), causal_loss, texts, said.append))
     assert len(said) == 1 and "step-00000003 is damaged" in said[0] and f"{part.name} is missing" in said[0]
     assert_same([row for row in numbers(events) if len(row) == 4], one[1]["adamw"][1:STEPS])
 

@@ -20,7 +20,7 @@ from bimo.tokenizer.load import Tokenizer
 from bimo.tokenizer.train import SEQ2SEQ_TOKENS, save_tokenizer, train_tokenizer
 from bimo.training.build import build_model, model_config
 from bimo.training.loop import StepInfo
-from bimo.training.session import Evaluation, Texts, read_metrics, train_run
+from bimo.training.session import Evaluation, Job, Texts, read_metrics, train_run
 from tests.training.tiny import TEXTS
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "context_length": 32, "dropout": 0.1}
@@ -74,7 +74,7 @@ def run(recipe: Recipe, folder: Path, texts: Texts, stop_at: int | None = None) 
     objective, make_loader = make_objective(recipe, texts.tokenizer)
     model = build_model(model_config(recipe.model, recipe.objective, texts.tokenizer), recipe.seed)
     events = []
-    generator = train_run(recipe, folder, model, objective, texts, print, make_loader=make_loader)
+    generator = train_run(Job.of(recipe), folder, model, objective, texts, print, make_loader=make_loader)
     for event in generator:
         events.append(event)
         if isinstance(event, StepInfo) and event.step == stop_at:

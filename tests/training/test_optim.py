@@ -14,7 +14,7 @@ from bimo.objectives.causal import causal_loss
 from bimo.recipe import TrainingRecipe
 from bimo.training.loop import StepInfo, current_stage
 from bimo.training.optim import learning_rate, make_optimizers
-from bimo.training.session import Texts, train_run
+from bimo.training.session import Job, Texts, train_run
 from tests.training.tiny import build, make_recipe
 
 
@@ -48,7 +48,7 @@ def test_only_matrices_are_decayed(texts: Texts) -> None:
 
 def curve(texts: Texts, folder: Path, **training: object) -> list[float]:
     recipe = make_recipe(steps=6, **training)
-    events = train_run(recipe, folder, build(recipe, texts), causal_loss, texts, print)
+    events = train_run(Job.of(recipe), folder, build(recipe, texts), causal_loss, texts, print)
     return [event.loss for event in events if isinstance(event, StepInfo)]
 
 

@@ -26,7 +26,7 @@ from bimo.recipe import Recipe
 from bimo.training import session
 from bimo.training.checkpoint import checkpoints
 from bimo.training.loop import StepInfo, TrainingState
-from bimo.training.session import Evaluation, Texts, finished, read_metrics, train_run
+from bimo.training.session import Evaluation, Job, Texts, finished, read_metrics, train_run
 from bimo.training.validation import bytes_of_tokens, validate
 from tests.training.tiny import build, make_recipe
 
@@ -36,11 +36,11 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from tests.training.tiny import build, make_recipe, make_texts
 from bimo.objectives.causal import causal_loss
-from bimo.training.session import train_run
+from bimo.training.session import Job, train_run
 folder = Path(sys.argv[1])
 texts = make_texts(folder / "texts")
 recipe = make_recipe(curriculum=[[0.5, 16], [0.5, 32]], ema=0.9, optimizer=sys.argv[2])
-for event in train_run(recipe, folder, build(recipe, texts), causal_loss, texts, print):
+for event in train_run(Job.of(recipe), folder, build(recipe, texts), causal_loss, texts, print):
     time.sleep(0.03)  # time to be killed in
 """
 
@@ -76,7 +76,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path: Path, optimizer: str) -> 
 
 
 def run(recipe: Recipe, folder: Path, texts: Texts, warn: Callable[[str], None] = lambda text: None) -> list[Any]:
-    return list(train_run(recipe, folder, build(recipe, texts), causal_loss, texts, warn))
+    return list(train_run(Job.of(recipe), folder, build(recipe, texts), causal_loss, texts, warn))
 
 
 def test_it_learns_and_says_so(texts: Texts, tmp_path: Path) -> None:
@@ -90,11 +90,11 @@ def test_it_learns_and_says_so(texts: Texts, tmp_path: Path) -> None:
     assert evaluations[-1].total.bits_per_byte < evaluations[0].total.bits_per_byte
     assert set(evaluations[0].scores) == {"en", "zh"}
     assert list((tmp_path / "tensorboard").glob("events*"))
-    assert finished(recipe, tmp_path, texts)
-    assert finished(make_recipe(steps=61, learning_rate=5e-3), tmp_path, texts) is None
+    assert finished(Job.of(recipe), tmp_path, texts)
+    assert finished(Job.of(make_recipe(steps=61, learning_rate=5e-3)), tmp_path, texts) is None
     heavier = recipe.data.sources[0].model_copy(update={"weight": 3.0})
     sources = recipe.data.model_copy(update={"sources": (heavier, recipe.data.sources[1])})
-    assert finished(recipe.model_copy(update={"data": sources}), tmp_path, texts) is None
+    assert finished(Job.of(recipe.model_copy(update={"data": sources})), tmp_path, texts) is None
     lineage = json.loads((tmp_path / "model" / "bimo.json").read_text(encoding="utf-8"))
     assert lineage["steps"] == 60 and lineage["tokens"] == 60 * 256
 
@@ -142,7 +142,7 @@ def test_the_average_is_what_is_scored_and_saved(texts: Texts, tmp_path: Path) -
 def test_who_leaves_loses_nothing(texts: Texts, tmp_path: Path) -> None:
     recipe = make_recipe(checkpoint_minutes=60)
     whole = run(recipe, tmp_path / "whole", texts)
-    generator = train_run(recipe, tmp_path / "left", build(recipe, texts), causal_loss, texts, print)
+    generator = train_run(Job.of(recipe), tmp_path / "left", build(recipe, texts), causal_loss, texts, print)
     assert next(generator).step == 1 and next(generator).step == 2
     generator.close()
     rest = run(recipe, tmp_path / "left", texts)
@@ -152,7 +152,7 @@ def test_who_leaves_loses_nothing(texts: Texts, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(texts: Texts, tmp_path: Path) -> None:
     recipe = make_recipe(keep_checkpoints=2)
     whole = run(recipe, tmp_path / "whole", texts)
-    generator = train_run(recipe, tmp_path / "torn", build(recipe, texts), causal_loss, texts, print)
+    generator = train_run(Job.of(recipe), tmp_path / "torn", build(recipe, texts), causal_loss, texts, print)
     for event in generator:
         if event.step == 10:
             break
@@ -213,7 +213,7 @@ def test_a_bad_loss_names_its_text_and_keeps_the_weights(texts: Texts, tmp_path:
         return loss
 
     with pytest.raises(TrainingError, match=said) as caught:
-        list(train_run(recipe, tmp_path, model, objective, texts, print))
+        list(train_run(Job.of(recipe), tmp_path, model, objective, texts, print))
     assert "step 3" in str(caught.value) and "zh/" in str(caught.value)
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
@@ -221,7 +221,7 @@ def test_a_bad_loss_names_its_text_and_keeps_the_weights(texts: Texts, tmp_path:
 def test_who_leaves_before_an_evaluation_finds_it_made_up_for(texts: Texts, tmp_path: Path) -> None:
     recipe = make_recipe(checkpoint_minutes=60)
     whole = run(recipe, tmp_path / "whole", texts)
-    generator = train_run(recipe, tmp_path / "left", build(recipe, texts), causal_loss, texts, print)
+    generator = train_run(Job.of(recipe), tmp_path / "left", build(recipe, texts), causal_loss, texts, print)
     while next(generator).step < 8:  # an evaluation would follow
         pass
     generator.close()

@@ -15,7 +15,7 @@ import pytest
 from bimo.errors import MissingDependencyError, UsageError
 from bimo.objectives.causal import causal_loss
 from bimo.training.loop import StepInfo
-from bimo.training.session import Texts, train_run
+from bimo.training.session import Job, Texts, train_run
 from bimo.training.trackers import TRACKERS
 from tests.training.tiny import build, make_recipe
 
@@ -44,7 +44,7 @@ def run(folder: Path, texts: Texts, tracker: str) -> dict[int, float]:
     recipe = make_recipe(steps=STEPS, eval_every=3, checkpoint_minutes=60, trackers=[tracker])
     losses = {}
     for last in (LEFT, STEPS):
-        events = train_run(recipe, folder, build(recipe, texts), causal_loss, texts, print)
+        events = train_run(Job.of(recipe), folder, build(recipe, texts), causal_loss, texts, print)
         for event in events:
             if isinstance(event, StepInfo):
                 losses[event.step] = event.loss

@@ -1,44 +1,33 @@
-"""The recipe: one TOML file that says everything about a model, as data.
+"""The sections of a recipe: text, its cleaning, tokenizer, model, objective, training, report.
 
-    recipe = load_recipe(Path("recipes/quickstart.toml"), ["training.steps=50"])
-    recipe.data.sources[0].path
-
-Unknown keys are refused and the nearest known one is named; values are checked before any work begins. The resolved
-recipe (defaults filled in) is written beside every result by `save_recipe`, and reads back as the same recipe.
+Each is a frozen pydantic model that refuses unknown keys; what a key means stands in the docstring of its section.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from bimo.errors import UsageError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
+    "OBJECTIVES",
     "CleanRecipe",
+    "Count",
     "DataRecipe",
     "ModelRecipe",
     "ObjectiveRecipe",
     "ParallelRecipe",
-    "Recipe",
     "ReportRecipe",
+    "Section",
+    "Share",
     "SourceRecipe",
     "TokenizerRecipe",
     "TrainingRecipe",
-    "load_recipe",
-    "save_recipe",
 ]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-
 
 OBJECTIVES = {  # of each kind of model; the first is its usual one
     "decoder": ("causal",),
@@ -48,11 +37,11 @@ OBJECTIVES = {  # of each kind of model; the first is its usual one
 }
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-class ParallelRecipe(_Section):
+class ParallelRecipe(Section):
     """The same documents in another language, whose elements have the same ids.
 
     path: a folder or a package, as of a source. sha256: of the package.
@@ -72,7 +61,7 @@ class ParallelRecipe(_Section):
         return replace
 
 
-class SourceRecipe(_Section):
+class SourceRecipe(Section):
     """Where documents come from.
 
     path: a file, a folder or a pattern (`**` too), relative to the recipe; or a package of a registry,
@@ -132,7 +121,7 @@ class SourceRecipe(_Section):
             raise ValueError(r"line names no field: write a group such as (?P<text>.*) into it")
 
 
-class CleanRecipe(_Section):
+class CleanRecipe(Section):
     """The steps of cleaning; each can be switched off. Rewrites run first, then what drops whole documents.
 
     mojibake: text that was decoded with the wrong encoding (ftfy).
@@ -165,7 +154,7 @@ class CleanRecipe(_Section):
     near_duplicates: float = Field(default=0.8, gt=0, le=1)
 
 
-class DataRecipe(_Section):
+class DataRecipe(Section):
     """Sources, cleaning, and how the result is divided.
 
     validation: share of the documents that is kept out of training, chosen by a hash of their text; of a dialogue, of
@@ -175,7 +164,7 @@ class DataRecipe(_Section):
         validation, or "warn".
     """
 
-    sources: tuple[SourceRecipe, ...] = Field(min_length=1)
+    sources: tuple[SourceRecipe, ...] = ()
     clean: CleanRecipe = CleanRecipe()
     validation: Share = 0.01
     passage_chars: int = Field(default=0, ge=0)
@@ -190,7 +179,7 @@ class DataRecipe(_Section):
         return sources
 
 
-class TokenizerRecipe(_Section):
+class TokenizerRecipe(Section):
     """Learned from the training documents.
 
     kind: byte-level "bpe" (GPT-2's way; every text has a spelling), "wordpiece" (BERT's, and an encoder's if nothing is
@@ -204,7 +193,7 @@ class TokenizerRecipe(_Section):
     sample_bytes: Count = 20_000_000
 
 
-class ModelRecipe(_Section):
+class ModelRecipe(Section):
     """hidden_size and num_layers make the size, the rest follows from them if not given.
 
     kind: "decoder" of Llama's shape, which writes text; "lstm", the recurrent baseline; "encoder" of BERT's shape,
@@ -243,7 +232,7 @@ class ModelRecipe(_Section):
         return self.num_heads or max(1, self.hidden_size // 64)
 
 
-class ObjectiveRecipe(_Section):
+class ObjectiveRecipe(Section):
     """What is learned from the text.
 
     kind: "causal", the next token; "masked", hidden words (arXiv:1810.04805); "seq2seq", an answer from a question, for
@@ -264,7 +253,7 @@ class ObjectiveRecipe(_Section):
     r_drop: float = Field(default=0.0, ge=0)
 
 
-class TrainingRecipe(_Section):
+class TrainingRecipe(Section):
     """How a model is trained.
 
     steps: optimiser steps. batch_tokens: tokens of one. micro_batch: sequences computed at once.
@@ -314,7 +303,7 @@ class TrainingRecipe(_Section):
         return stages
 
 
-class ReportRecipe(_Section):
+class ReportRecipe(Section):
     """What the report shows of the finished model.
 
     prompts: texts it goes on with; sources of a seq2seq model; texts with [MASK] for an encoder.
@@ -330,154 +319,3 @@ class ReportRecipe(_Section):
     ngram: int = Field(default=0, ge=0, le=5)
     pairs: int = Field(default=200, ge=0)
     beams: Count = 4
-
-
-class Recipe(_Section):
-    """The whole file. `name` names the run's folder, `seed` everything that is random."""
-
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    data: DataRecipe
-    tokenizer: TokenizerRecipe = TokenizerRecipe()
-    model: ModelRecipe = ModelRecipe()
-    objective: ObjectiveRecipe = ObjectiveRecipe()
-    training: TrainingRecipe = TrainingRecipe()
-    report: ReportRecipe = ReportRecipe()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _usual_tokenizer(cls, raw: Any) -> Any:
-        """An encoder's is WordPiece, if nothing else is said."""
-        if isinstance(raw, dict) and (raw.get("model") or {}).get("kind") == "encoder":
-            return {**raw, "tokenizer": {"kind": "wordpiece", **(raw.get("tokenizer") or {})}}
-        return raw
-
-    @model_validator(mode="after")
-    def _fitting(self) -> Recipe:
-        if self.objective_kind not in OBJECTIVES[self.model.kind]:
-            can = " or ".join(OBJECTIVES[self.model.kind])
-            raise ValueError(f"a model of kind {self.model.kind} learns {can}, not {self.objective_kind}")
-        if self.report.questions and self.model.kind in ("encoder", "seq2seq"):
-            raise ValueError(f"report.questions are a chat, which a model of kind {self.model.kind} does not hold: use "
-                             f"report.prompts")  # fmt: skip
-        if self.training.curriculum and self.objective_kind == "seq2seq":
-            raise ValueError("training.curriculum has no effect on pairs, whose length is their own: leave it out")
-        if self.objective.r_drop and self.objective_kind == "masked" and self.objective.next_sentence:
-            raise ValueError("objective.r_drop is of words, not of relations: set objective.next_sentence to false")
-        if self.objective.r_drop and not self.model.dropout:
-            raise ValueError("objective.r_drop compares passes with different dropout: set model.dropout, e.g. to 0.1")
-        return self
-
-    @property
-    def objective_kind(self) -> str:
-        """The objective's kind, where it follows from the model too."""
-        kind = self.objective.kind
-        return OBJECTIVES[self.model.kind][0] if kind == "auto" else kind
-
-
-def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in `file`, with overrides such as "training.steps=50" or "data.sources.0.path=texts".
-
-    Relative paths in it are made absolute, from the recipe's folder. Raises UsageError naming the line or the key.
-    """
-    try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read ({error.strerror}): give a recipe, a TOML file", "recipe") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not TOML: {error}", "recipe") from None
-    for override in overrides:
-        _override(raw, override)
-    try:
-        recipe = Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise UsageError(f"{file}: {_explain(error)}", "recipe") from None
-    return _rooted(recipe, file.absolute().parent)
-
-
-def save_recipe(recipe: Recipe, file: Path) -> None:
-    """Write the recipe with all defaults filled in; `load_recipe` reads it back as the same."""
-    lines: list[str] = []
-    _write_table(json.loads(recipe.model_dump_json()), "", lines)
-    file.write_text("\n".join(lines).strip() + "\n", encoding="utf-8")
-
-
-def _override(raw: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"--set takes key=value, e.g. training.steps=50, not {text!r}", "set")
-    try:
-        parsed = tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()  # a bare word is a text
-    *parents, last = (part.strip() for part in key.split("."))
-    place: Any = raw
-    for part in parents:
-        place = _step_into(place, part, key)
-    if isinstance(place, list):
-        _step_into(place, last, key)
-        place[int(last)] = parsed
-    else:
-        place[last] = parsed
-
-
-def _step_into(place: Any, part: str, key: str) -> Any:
-    if isinstance(place, dict):
-        return place.setdefault(part, {})
-    if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
-        return place[int(part)]
-    raise UsageError(f"--set {key}: there is no {part!r} to set in the recipe", "set")
-
-
-def _explain(error: ValidationError) -> str:
-    """The first mistake in one sentence; for an unknown key the nearest known one of that section."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in first["loc"][:-1]:
-            if isinstance(part, str):
-                section = _section_of(section.model_fields[part].annotation)
-        near = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
-        known = f"did you mean {near[0]}?" if near else f"known there: {', '.join(section.model_fields)}"
-        return f"there is no key {place}; {known}"
-    got = "" if first["type"] == "missing" or isinstance(first["input"], dict) else f", not {first['input']!r:.80}"
-    return f"{place}: ".removeprefix(": ") + first["msg"].removeprefix("Value error, ") + got
-
-
-def _section_of(annotation: Any) -> Any:
-    """The section class behind `X` or `tuple[X, ...]`."""
-    return annotation if hasattr(annotation, "model_fields") else annotation.__args__[0]
-
-
-def _rooted(recipe: Recipe, folder: Path) -> Recipe:
-    def absolute(path: str) -> str:
-        scheme = path.partition(":")[0]
-        return path if scheme in ("pypi", "npm", "deb") else str(folder / Path(path).expanduser())
-
-    def rooted(source: SourceRecipe) -> SourceRecipe:
-        twin = source.parallel and source.parallel.model_copy(update={"path": absolute(source.parallel.path)})
-        return source.model_copy(update={"path": absolute(source.path), "parallel": twin})
-
-    sources = tuple(rooted(source) for source in recipe.data.sources)
-    clean = recipe.data.clean
-    clean = clean.model_copy(update={"toxic_words": tuple(absolute(path) for path in clean.toxic_words)})
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources, "clean": clean})})
-
-
-def _write_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
-    """TOML by hand: plain values first, then sub-tables and arrays of tables; None is left out, it has no word."""
-    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
-    arrays = {
-        key: value for key, value in table.items() if isinstance(value, list) and value and isinstance(value[0], dict)
-    }
-    for key, value in table.items():
-        if key not in tables and key not in arrays and value is not None:
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
-    for key, rows in arrays.items():
-        for row in rows:
-            lines += ["", f"[[{prefix}{key}]]"]
-            _write_table(row, f"{prefix}{key}.", lines)
-    for key, value in tables.items():
-        lines += ["", f"[{prefix}{key}]"]
-        _write_table(value, f"{prefix}{key}.", lines)

@@ -1,0 +1,49 @@
+"""The recipe, as `bimo.recipe.file` reads it: `load_recipe`, and the sections it is made of."""
+
+from bimo.recipe.file import Recipe, load_recipe, save_recipe
+from bimo.recipe.sections import (
+    CleanRecipe,
+    DataRecipe,
+    ModelRecipe,
+    ObjectiveRecipe,
+    ParallelRecipe,
+    ReportRecipe,
+    SourceRecipe,
+    TokenizerRecipe,
+    TrainingRecipe,
+)
+from bimo.recipe.stages import (
+    AdapterRecipe,
+    AugmentRecipe,
+    PenaltyRecipe,
+    PseudoLabelRecipe,
+    ReplayRecipe,
+    RobustRecipe,
+    StageRecipe,
+    StageTrainingRecipe,
+    TaskRecipe,
+)
+
+__all__ = [
+    "AdapterRecipe",
+    "AugmentRecipe",
+    "CleanRecipe",
+    "DataRecipe",
+    "ModelRecipe",
+    "ObjectiveRecipe",
+    "ParallelRecipe",
+    "PenaltyRecipe",
+    "PseudoLabelRecipe",
+    "Recipe",
+    "ReplayRecipe",
+    "ReportRecipe",
+    "RobustRecipe",
+    "SourceRecipe",
+    "StageRecipe",
+    "StageTrainingRecipe",
+    "TaskRecipe",
+    "TokenizerRecipe",
+    "TrainingRecipe",
+    "load_recipe",
+    "save_recipe",
+]
