@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +27,34 @@ from torch.optim import Optimizer
 from bimo.data.loader import RowLoader
 from bimo.errors import TrainingError
 from bimo.objectives.causal import Loss
-from bimo.recipe import TrainingRecipe
+from bimo.recipe import RobustRecipe, TrainingRecipe
 from bimo.runtime import Ranks, dtype_name, keep_freed_memory
 from bimo.training.distributed import accumulate, from_every, summed, whole
 from bimo.training.optim import learning_rate
+from bimo.training.robust import passes
 
-__all__ = ["Objective", "StepInfo", "TrainingState", "autocast", "current_stage", "train"]
+__all__ = ["Objective", "Regulariser", "StepInfo", "TrainingState", "autocast", "current_stage", "train"]
 
 Objective = Callable[..., Loss]  # (model, batch, label_smoothing=...) -> Loss
 EXPLODED = 3.0  # times the average loss of the last steps
 MEMORY = 0.98  # of that average
 
 
+class Regulariser(Protocol):
+    """What an adapter has to say in every step."""
+
+    def penalty(self) -> Tensor | None:
+        """Added to the step's loss, once; not to the loss that is told. None: nothing."""
+
+    def after_backward(self, step: int, total_steps: int) -> None:
+        """Gradients are whole and clipped, and the loss is known to be good; weights are still those that were computed
+        with. step: 1 is the first."""
+
+
 @dataclass
 class TrainingState:
-    """A training in progress. step: how many are done. ema: averaged weights by name, where the recipe wants them."""
+    """A training in progress. step: how many are done. ema: averaged weights by name, where the recipe wants them; of
+    those that are trained."""
 
     model: Any
     optimizers: list[Optimizer]
@@ -84,15 +98,21 @@ def current_stage(step: int, recipe: TrainingRecipe, context_length: int) -> tup
 
 
 def train(
-    state: TrainingState, objective: Objective, recipe: TrainingRecipe, *, stop_at: int | None = None
+    state: TrainingState,
+    objective: Objective,
+    recipe: TrainingRecipe,
+    *,
+    stop_at: int | None = None,
+    robust: RobustRecipe = RobustRecipe(),
+    regulariser: Regulariser | None = None,
 ) -> Iterator[StepInfo]:
-    """Steps from where `state` stands to `stop_at`, else the recipe's last.
+    """Steps from where `state` stands to `stop_at`, else the recipe's last. robust: see training.robust; the loss that
+    is told is that of the text as it is.
 
     Raises TrainingError, naming the documents of the batch, when the loss or its gradient is not a number or explodes.
     """
     model, loader, ranks = state.model, state.loader, state.ranks
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    device = weights[0].device
     model.train()
     keep_freed_memory()
     num_rows = max(1, recipe.batch_tokens // loader.row_tokens)
@@ -108,17 +128,21 @@ def train(
                 group["lr"] = rate
         batch = loader.next_batch(num_rows, rank=ranks.rank, world_size=ranks.world_size)
         num_targets = summed(ranks, batch.num_targets)[0] / ranks.world_size  # of a process: gradients get averaged
+        # before the parts, whose gradients it joins: averaged over the processes, which all have the same, it stays
+        if regulariser is not None and (penalty := regulariser.penalty()) is not None:
+            penalty.backward()
         loss = 0.0
         for start in range(0, share_of_rows, micro):
-            part = batch.rows(slice(start, start + micro))
+            share = partial(_share, objective, model, batch.rows(slice(start, start + micro)), recipe, num_targets)
             with accumulate(objective) if start + micro < share_of_rows else nullcontext():
-                with autocast(recipe, device):
-                    share = objective(model, part, label_smoothing=recipe.label_smoothing).total / num_targets
-                share.backward()
-            loss += float(share.detach())
+                for number, (each, weight) in enumerate(passes(share, model, robust, partial(accumulate, objective))):
+                    (each * weight).backward()
+                    loss += 0.0 if number else float(each.detach())
         norm = float(whole(nn.utils.clip_grad_norm_(weights, recipe.clip or torch.inf)))
         own, loss = loss, summed(ranks, loss)[0] / ranks.world_size
         _check(state, batch, loss, norm, own)
+        if regulariser is not None:
+            regulariser.after_backward(state.step + 1, recipe.steps)
         for optimizer in state.optimizers:
             optimizer.step()
         _update_ema(state, recipe.ema)
@@ -126,6 +150,12 @@ def train(
         num_tokens = num_rows * loader.row_tokens
         state.tokens += num_tokens
         yield StepInfo(state.step, loss, norm, rate, num_tokens, time.perf_counter() - begun)
+
+
+def _share(objective: Objective, model: Any, part: Any, recipe: TrainingRecipe, num_targets: float) -> Tensor:
+    """What a part of a batch adds to the step's loss."""
+    with autocast(recipe, next(model.parameters()).device):
+        return objective(model, part, label_smoothing=recipe.label_smoothing).total / num_targets
 
 
 def _check(state: TrainingState, batch: Any, loss: float, norm: float, own: float) -> None:
@@ -154,5 +184,5 @@ def _update_ema(state: TrainingState, decay: float) -> None:
     for name, weight in state.model.named_parameters():
         if name in state.ema:
             state.ema[name].lerp_(weight, 1 - decay)
-        else:
+        elif weight.requires_grad:
             state.ema[name] = weight.detach().clone()
