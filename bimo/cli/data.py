@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bimo.cli.options import Out, Overrides, RecipeArgument
+from bimo.cli.preview import preview
 
 if TYPE_CHECKING:
     from bimo.data.records import Document
@@ -119,6 +120,9 @@ def leaks(
             typer.echo(f"\n{len(report.leaks) - SHOWN_LEAKS:,} more; all with --json")
     if report.leaks and not warn:
         raise typer.Exit(1)
+
+
+app.command()(preview)
 
 
 def _alike(documents: Iterator[Document]) -> Iterator[Document]:

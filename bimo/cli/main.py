@@ -16,6 +16,8 @@ import typer
 from bimo.cli import bench, chat, convert, data, doctor, generate, models, plan, serve, tokenizer
 from bimo.cli.eval import evaluate
 from bimo.cli.run import run
+from bimo.cli.train import train
+from bimo.cli.tune import tune
 from bimo.errors import BimoError, UsageError
 
 __all__ = ["app", "main"]
@@ -39,6 +41,8 @@ app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command("eval")(evaluate)
 app.command()(run)
+app.command()(train)
+app.command()(tune)
 app.command()(plan.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")

@@ -19,7 +19,7 @@ from bimo.errors import DataError
 
 __all__ = ["COLUMNS", "DocumentWriter", "read_documents"]
 
-COLUMNS = ("id", "source", "language", "title", "text", "group", "messages")
+COLUMNS = ("id", "source", "language", "title", "text", "group", "label", "messages")
 GROUP_CHARACTERS = 4_000_000  # of a row group
 BATCH = 512  # documents made of one at a time
 

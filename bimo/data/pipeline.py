@@ -57,6 +57,7 @@ __all__ = ["Prepared", "prepare"]
 UNIT_BYTES = 16 << 20  # of input; enough to make starting a unit cheap, little enough to share out and to repeat
 WAYS = 1 << 32  # the validation split is drawn from a hash of this many values
 NOT_FOR_UNITS = {"exact_duplicates", "near_duplicates"}  # settings of later steps
+NOT_FOR_TEXT = {"weight", "loss_weight", "augment"}  # settings of a source that training alone reads
 SPLITS = ("train", "validation")
 PARSED = ("html", "docx")  # kinds of files whose tags the reader has taken away
 KANJI = ("ja", "ko")  # written with characters that are no traditional Chinese, though they look like it
@@ -241,7 +242,7 @@ def _units(recipe: DataRecipe, report: Progress) -> list[_Unit]:
             (file.name, file.member, file.start, file.end, *_stat(file.path), file.twin and _stat(file.twin.path))
             for file in group
         ]
-        mark = fingerprint(source.model_dump(exclude={"weight"}), clean, words, files)
+        mark = fingerprint(source.model_dump(exclude=NOT_FOR_TEXT), clean, words, files)
         units.append(_Unit(len(units), source, tuple(group), size, mark, fingerprint(mark, *code)))
 
     for source in recipe.sources:

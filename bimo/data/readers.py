@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import IO, Any
 
+from bimo.data.examples import dressed, read_example
 from bimo.data.parsers import (
     DECODER,
     FIELD,
@@ -44,9 +45,10 @@ from bimo.data.parsers import (
     text_decoder,
 )
 from bimo.data.records import Damage, Document, Message
+from bimo.data.segment import best_border
 from bimo.data.sources import SourceFile, is_backup, kind_of, open_file
 from bimo.errors import BimoError
-from bimo.recipe import ParallelRecipe, SourceRecipe
+from bimo.recipe import ParallelRecipe, SourceRecipe, TaskRecipe
 
 __all__ = ["READERS", "read_file"]
 
@@ -123,6 +125,7 @@ class _Reading:
         self.failure = ""
         self.wanted = [template for template in (source.prompt, source.answer) if template] or [source.text]
         self.fields = {name for template in self.wanted for name in (template, *FIELD.findall(template))}
+        self.layout = ""  # of a task's rows, as the first one shows it
 
     # --- the account
 
@@ -223,18 +226,33 @@ class _Reading:
     # --- documents
 
     def document(
-        self, text: str, number: int | str | None, title: str = "", messages: tuple[Message, ...] = (), group: str = ""
+        self,
+        text: str,
+        number: int | str | None,
+        title: str = "",
+        messages: tuple[Message, ...] = (),
+        group: str = "",
+        label: str = "",
     ) -> Document:
         place = self.id if number is None else f"{self.id}#{number}"
-        return Document(text, place, self.source.name, self.source.language or "", title, messages, group)
+        if messages and isinstance(self.source, TaskRecipe):
+            messages = dressed(messages, self.source)
+        if messages:
+            text = "\n".join(message.content for message in messages)
+        return Document(text, place, self.source.name, self.source.language or "", title, messages, group, label)
 
     def pieces(self, texts: Iterator[str], title: str = "") -> Iterator[Document]:
-        """One running text as a document, or as several of at most MAX_CHARS characters, cut at the best border."""
+        """One running text as a document, or as several of at most MAX_CHARS characters, cut at the best border.
+
+        Of a source with prompt and answer the whole is one row, whose fields are title and text."""
+        if self.source.prompt is not None:
+            yield from self.row({"title": title, "text": "".join(texts).strip("\n")}, 0)
+            return
         number, rest = 0, ""
         for text in texts:
             rest += text
             while len(rest) > MAX_CHARS:
-                cut = _border(rest)
+                cut = best_border(rest, MAX_CHARS)
                 head, rest = rest[:cut], rest[cut:]
                 if head.strip():
                     yield self.document(head.strip("\n"), number, title)
@@ -262,6 +280,8 @@ class _Reading:
             row = dict(zip(self.source.columns, row, strict=False))
         if not isinstance(row, Mapping):
             raise BadRow("rows that have no named fields")
+        if isinstance(self.source, TaskRecipe):
+            return self._example(row, number, self.source)
         title = row.get("title")
         title = title if isinstance(title, str) and "title" not in self.wanted else ""
         messages: tuple[Message, ...] = ()
@@ -274,10 +294,19 @@ class _Reading:
             messages = dialogue(row)
         if any(not message.content.strip() for message in messages):
             raise BadRow("rows with an empty turn")
-        text = "\n".join(message.content for message in messages) if messages else fill(self.source.text, row)
-        if not text.strip():
+        text = "" if messages else fill(self.source.text, row)
+        if not (messages or text.strip()):
             raise BadRow("rows without text")
         return self.document(text, number, title, messages)
+
+    def _example(self, row: Mapping[str, Any], number: int, task: TaskRecipe) -> Document:
+        form, example = read_example(row, task)
+        self.layout = self.layout or form
+        if form != self.layout:
+            raise BadRow(f"rows laid out as {form}, where the first is laid out as {self.layout}: divide the file")
+        if not (example.messages or example.text.strip()):
+            raise BadRow("rows without text")
+        return self.document(example.text, number, "", example.messages, label=example.label)
 
 
 def _line_start(stream: IO[bytes], offset: int, limit: int | None) -> int:
@@ -293,18 +322,6 @@ def _line_start(stream: IO[bytes], offset: int, limit: int | None) -> int:
         if limit is not None and position >= limit:
             return limit
     return position
-
-
-def _border(text: str) -> int:
-    """Where to cut a text that is too long: after a paragraph, else a line, a sentence, a word, in its second half."""
-    for ends in (("\n\n",), ("\n",), ("。", "！", "？", "…", "!", "?", ". "), (" ", "　")):
-        found = [at + len(end) for end in ends if (at := text.rfind(end, MAX_CHARS // 2, MAX_CHARS)) >= 0]
-        if found:
-            cut = max(found)
-            while cut < MAX_CHARS and text[cut] in '”’」』）)》"':
-                cut += 1
-            return cut
-    return MAX_CHARS
 
 
 # --- kinds ------------------------------------------------------------------------------------------------------------
@@ -417,7 +434,9 @@ def _read_parquet(reading: _Reading) -> Iterator[Document]:
     with reading.seekable() as stream, parquet.ParquetFile(stream, pre_buffer=False) as file:
         names = file.schema_arrow.names
         wanted = [name for name in names if name in reading.fields or name in ("title", *TURNS)]
-        if not [name for name in wanted if name != "title" or "title" in reading.fields]:
+        if isinstance(reading.source, TaskRecipe):
+            wanted = names
+        elif not [name for name in wanted if name != "title" or "title" in reading.fields]:
             return reading.fail(f"has no column {reading.wanted[0]!r} (there are {', '.join(names)!r:.200}): name one")
         number = 0
         for batch in file.iter_batches(batch_size=256, columns=wanted, use_threads=False):
@@ -451,7 +470,7 @@ def _read_parallel(reading: _Reading, parallel: ParallelRecipe) -> Iterator[Docu
     for number, (key, text) in enumerate(texts.items()):
         if key in twins:
             messages = (Message("user", text), Message("assistant", twins[key]))
-            yield reading.document(f"{text}\n{twins[key]}", key, title, messages, reading.id)
+            yield reading.document("", key, title, messages, reading.id)
         elif not other.failure:
             reading.note("paragraphs whose id the twin has not", number, len(text.encode()))
     for number, key in enumerate(twins):

@@ -27,6 +27,7 @@ class Document:
     language: "zh", "en", another ISO 639-1 code, or "" while unknown.
     messages: of a dialogue; `text` is then their contents, one a line, for the steps that only look.
     group: what must not be divided between training and validation, such as a page's pairs; "": it stands alone.
+    label: the class it has, of texts that are learned to be told apart.
     """
 
     text: str
@@ -36,6 +37,7 @@ class Document:
     title: str = ""
     messages: tuple[Message, ...] = ()
     group: str = ""
+    label: str = ""
 
     @property
     def pair(self) -> tuple[str, str] | None:

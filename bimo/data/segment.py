@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from bimo.errors import UsageError
 
-__all__ = ["passages", "sentences"]
+__all__ = ["best_border", "passages", "sentences"]
 
 CLOSER = {"“": "”", "‘": "’", "「": "」", "『": "』", "《": "》", "（": "）", "【": "】"}
 AFTER = "”’」』》）】\"')\\]"  # belong to the sentence they follow
@@ -203,3 +203,15 @@ def _graphemes(text: str, max_chars: int) -> Iterator[str]:
         end = cluster.end()
     if end > start:
         yield text[start:end]
+
+
+def best_border(text: str, limit: int) -> int:
+    """Where to cut a text that is too long: after a paragraph, else a line, a sentence, a word, in its second half."""
+    for ends in (("\n\n",), ("\n",), ("。", "！", "？", "…", "!", "?", ". "), (" ", "　")):
+        found = [at + len(end) for end in ends if (at := text.rfind(end, limit // 2, limit)) >= 0]
+        if found:
+            cut = max(found)
+            while cut < limit and text[cut] in '”’」』）)》"':
+                cut += 1
+            return cut
+    return limit

@@ -4,6 +4,7 @@ flat memory.
     folder/tokens.bin     ids, uint16 while they fit, else uint32
            ends.npy       (D,) int64: where each document ends
            ids.txt        where each document came from, one a line
+           trained.bin    of examples: 1 for each token that is learned, 0 for those that are only read, uint8
            about.json     number type, counts, the tokenizer's fingerprint; written last, so a folder with it is whole
 
 A document is <|endoftext|> its tokens <|endoftext|>: the first says where it begins (as in generation), the last is
@@ -34,20 +35,22 @@ from bimo.runtime import cpu_threads
 from bimo.tokenizer.bulk import bulk_encoder
 from bimo.tokenizer.load import Tokenizer
 
-__all__ = ["EncodedDocument", "TokenFile", "encode_documents", "fingerprint", "write_tokens"]
+__all__ = ["EncodedDocument", "EncodedExample", "TokenFile", "encode_documents", "fingerprint", "write_tokens"]
 
 EncodedDocument = tuple[str, Sequence[int] | NDArray[np.uint32]]  # where it came from, its tokens
+EncodedExample = tuple[str, Sequence[int], Sequence[int]]  # and for each token 1 where it is learned
 
 BATCH_CHARS = 1 << 16  # handed to a thread at once
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A finished folder. tokens (N,), ends (D,); both mapped."""
+    """A finished folder. tokens (N,), ends (D,), trained (N,) or None: all tokens are learned; all mapped."""
 
     folder: Path
     tokens: NDArray[Any]
     ends: NDArray[np.int64]
+    trained: NDArray[np.uint8] | None = None
 
     @classmethod
     def open(cls, folder: Path) -> TokenFile:
@@ -63,7 +66,7 @@ class TokenFile:
         if size != count * dtype.itemsize or len(ends) != about["num_documents"] or (len(ends) and ends[-1] != count):
             raise DataError(f"{folder} should have {count} tokens and has {size // dtype.itemsize}: {mend}")
         tokens = np.memmap(folder / "tokens.bin", dtype, "r") if count else np.zeros(0, dtype)
-        return cls(folder, tokens, ends)
+        return cls(folder, tokens, ends, _trained(folder, count, mend) if about.get("trained") else None)
 
     @staticmethod
     def is_whole(folder: Path, mark: str) -> bool:
@@ -136,25 +139,45 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def write_tokens(folder: Path, encoded: Iterable[EncodedDocument], *, vocab_size: int, mark: str) -> TokenFile:
+def _trained(folder: Path, count: int, mend: str) -> NDArray[np.uint8]:
+    file = folder / "trained.bin"
+    if not file.is_file() or file.stat().st_size != count:
+        raise DataError(f"{file} should say of {count} tokens which are learned, and does not: {mend}")
+    return np.memmap(file, np.uint8, "r") if count else np.zeros(0, np.uint8)
+
+
+def write_tokens(
+    folder: Path, encoded: Iterable[EncodedDocument | EncodedExample], *, vocab_size: int, mark: str
+) -> TokenFile:
     """Write a token folder; it appears whole or not at all. `mark`: what it was made from (see `fingerprint`)."""
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir(parents=True)
-    ends, total = array("q"), 0
+    ends, total, learned = array("q"), 0, 0
     try:
-        with (partial / "tokens.bin").open("wb") as tokens, (partial / "ids.txt").open("w", encoding="utf-8") as names:
-            for name, ids in encoded:
+        with (
+            (partial / "tokens.bin").open("wb") as tokens,
+            (partial / "ids.txt").open("w", encoding="utf-8") as names,
+            (partial / "trained.bin").open("wb") as trained,
+        ):
+            for name, ids, *mask in encoded:
                 tokens.write(np.asarray(ids, dtype).tobytes())
                 names.write(name.replace("\n", " ") + "\n")
+                if mask:
+                    learned += trained.write(np.asarray(mask[0], np.uint8).tobytes())
                 total += len(ids)
                 ends.append(total)
             tokens.flush()
             os.fsync(tokens.fileno())
+        if not learned:
+            (partial / "trained.bin").unlink()
+        elif learned != total:
+            raise DataError(f"{learned} of {total} tokens say whether they are learned: either all do or none")
         np.save(partial / "ends.npy", np.frombuffer(ends, np.int64) if ends else np.zeros(0, np.int64))
         about = {"dtype": dtype.name, "num_tokens": total, "num_documents": len(ends), "mark": mark}
+        about |= {"trained": True} if learned else {}
         (partial / "about.json").write_text(json.dumps(about), encoding="utf-8")
         os.replace(partial, folder)
     except OSError as error:

@@ -18,7 +18,7 @@ from typing import Any
 from bimo.recipe import Recipe
 from bimo.training.session import read_metrics
 
-__all__ = ["Sample", "Table", "write_report"]
+__all__ = ["Sample", "Table", "trained_words", "write_page", "write_report"]
 
 NAMES = {"bits per byte": "每字节比特", "masked accuracy": "掩码准确率", "next sentence accuracy": "下句判断准确率",
          "accuracy": "逐词准确率", "masked nats": "掩码词的奈特"}  # fmt: skip
@@ -28,11 +28,12 @@ COLOURS = ("#2563eb", "#dc2626", "#059669", "#9333ea")
 @dataclass(frozen=True)
 class Sample:
     """kind: "text", which the model went on with, "chat", a question it answered, "pair", a source it wrote from, or
-    "mask", a text whose masks it filled."""
+    "mask", a text whose masks it filled. others: (name, text) that stand beside the answer."""
 
     kind: str
     prompt: str
     answer: str
+    others: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,38 @@ class Table:
 
 
 def write_report(folder: Path, recipe: Recipe, samples: Sequence[Sample], tables: Sequence[Table] = ()) -> Path:
-    """Write folder/report.html and return its path."""
+    """Write folder/report.html of a pretraining and return its path."""
+    lineage, model, tokenizer = _lineage(folder), recipe.model, recipe.tokenizer
+    facts = [
+        ("model 模型", f"{model.kind}, {model.num_layers} layers, {model.hidden_size} wide, context "
+                      f"{model.context_length}", ""),
+        ("tokenizer 分词器", f"{tokenizer.kind}, {tokenizer.vocab_size}", ""),
+        ("trained 训练量", trained_words(folder, lineage), ""),
+        *(
+            (f"{name.replace('_', ' ')}, {language} {NAMES.get(name.replace('_', ' '), '')}", f"{value:.3f}",
+             "validation text, not trained on 验证集")
+            for language, figures in lineage["scores"].items()
+            for name, value in figures.items()
+        ),
+    ]  # fmt: skip
+    return write_page(folder, recipe.name, "训练报告 · report of the run", facts, samples, tables)
+
+
+def trained_words(folder: Path, lineage: dict[str, Any]) -> str:
+    """ "400 steps, 1,638,400 tokens, 9,100 tokens/s"."""
+    speeds = [row["tokens_per_second"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    return f"{lineage['steps']} steps, {lineage['tokens']:,} tokens, {_median(speeds):,.0f} tokens/s"
+
+
+def write_page(
+    folder: Path,
+    title: str,
+    subtitle: str,
+    facts: Sequence[tuple[str, str, str]],
+    samples: Sequence[Sample],
+    tables: Sequence[Table] = (),
+) -> Path:
+    """Write folder/report.html: facts (name, value, note), tables, curves of folder/metrics.jsonl, samples, text."""
     import jinja2
     from markupsafe import Markup
 
@@ -58,26 +90,14 @@ def write_report(folder: Path, recipe: Recipe, samples: Sequence[Sample], tables
         "learning rate": [("rate", [(row["step"], row["learning_rate"]) for row in steps])],
         "gradient norm": [("norm", [(row["step"], row["grad_norm"]) for row in steps])],
     }
-    pictures = [(title, Markup(_curve(lines))) for title, lines in curves.items() if any(line for _, line in lines)]
-    lineage = _lineage(folder)
+    pictures = [(name, Markup(_curve(lines))) for name, lines in curves.items() if any(line for _, line in lines)]
     manifest = json.loads((folder / "data" / "manifest.json").read_text(encoding="utf-8"))
     template = files("bimo.evaluation").joinpath("run_report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(
-        recipe=recipe,
-        lineage=lineage,
-        pictures=pictures,
-        scores=[
-            (name.replace("_", " "), language, value)
-            for language, figures in lineage["scores"].items()
-            for name, value in figures.items()
-        ],
-        tables=tables,
-        names=NAMES,
-        speed=_median([row["tokens_per_second"] for row in steps]),
-        parts=manifest["parts"],
+        title=title, subtitle=subtitle, facts=facts, pictures=pictures, tables=tables, parts=manifest["parts"],
         samples=samples,
-    )
+    )  # fmt: skip
     target = folder / "report.html"
     target.write_text(page, encoding="utf-8", errors="replace")
     return target

@@ -20,7 +20,7 @@ from bimo.models.packed import LONGEST_IN_BLOCKS, PackedRows
 from bimo.models.recurrent import LSTMLanguageModel
 from bimo.objectives.cross_entropy import linear_cross_entropy
 
-__all__ = ["Loss", "causal_logits", "causal_loss"]
+__all__ = ["Loss", "causal_logits", "causal_loss", "hidden_states"]
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,21 @@ def causal_logits(model: Decoder | LSTMLanguageModel, batch: Batch) -> tuple[Ten
 
 
 def _predicted(model: Decoder | LSTMLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Hidden states (N, D) in the number type of products, and words (N,) or IGNORED, of all tokens: hardly any is not
-    predicted, and sizes stay the same (see objectives.rows).
+    """Hidden states (N, D) and words (N,) or IGNORED, of all tokens: hardly any is not predicted, and sizes stay the
+    same (see objectives.rows)."""
+    hidden = hidden_states(model, batch)
+    return hidden.flatten(0, 1), torch.from_numpy(batch.targets).to(hidden.device).flatten()
+
+
+def hidden_states(model: Decoder | LSTMLanguageModel, batch: Batch) -> Tensor:
+    """(B, T, D) in the number type of products, none of a document other than its own.
 
     A recurrent model reads a row from its start to its end, across the borders of documents: its state has no mask. The
     token a document begins with can tell it to forget.
     """
     weight = model.embed_tokens.weight
-    input_ids, targets, positions, segments = (
-        torch.from_numpy(array).to(weight.device)
-        for array in (batch.input_ids, batch.targets, batch.positions, batch.segments)
+    input_ids, positions, segments = (
+        torch.from_numpy(array).to(weight.device) for array in (batch.input_ids, batch.positions, batch.segments)
     )
     mixed = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if mixed else weight.dtype
@@ -67,7 +72,7 @@ def _predicted(model: Decoder | LSTMLanguageModel, batch: Batch) -> tuple[Tensor
         hidden = model(input_ids)
     else:
         hidden = model(input_ids, positions, _attend(segments, dtype))
-    return hidden.flatten(0, 1).to(dtype), targets.flatten()
+    return hidden.to(dtype)
 
 
 def _attend(segments: Tensor, dtype: torch.dtype) -> PackedRows | None:

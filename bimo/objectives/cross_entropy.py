@@ -25,30 +25,40 @@ LOGITS_AT_ONCE = 1 << 23  # 32 MB in float32
 SLOPES_AT_ONCE = 1 << 27  # 256 MB in bfloat16
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """-Σ log softmax(hidden weightᵀ)[target], a float32 scalar; hidden (N, D), weight (V, D), targets (N,) int64,
-    or IGNORED.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0, factors: Tensor | None = None
+) -> Tensor:
+    """-Σ factor · log softmax(hidden weightᵀ)[target], a float32 scalar; hidden (N, D), weight (V, D), targets (N,)
+    int64, or IGNORED; factors (N,) float32, 1 if not given.
 
     Products are computed in hidden's number type; the weight's gradient is summed in float32 and has the weight's type.
-    With smoothing s the target is (1 - s) of the word and s / V of every word (as torch's cross_entropy).
+    With smoothing s the target is (1 - s) of the word and s / V of every word (as torch's cross_entropy). A weight that
+    is not trained costs no product.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing, factors)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, factors: Tensor | None
+    ) -> Tensor:
         needed = any(ctx.needs_input_grad)
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needed else None
-        d_weight = torch.zeros(weight.shape, device=weight.device) if needed else None
+        d_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None
         stored, weight = weight.dtype, weight.to(hidden.dtype)
         for start in range(0, len(hidden), rows := max(16, SLOPES_AT_ONCE // len(weight))):
             part, words = hidden[start : start + rows], targets[start : start + rows]
-            loss, slopes = _differences(part, weight, words, smoothing, needed)
-            total += loss
-            if d_hidden is not None and d_weight is not None:
+            losses, slopes = _differences(part, weight, words, smoothing, needed)
+            if factors is not None:
+                each = factors[start : start + rows]
+                losses = losses * each
+                slopes = slopes.mul_(each[:, None]) if needed else slopes
+            total += losses.sum()
+            if d_hidden is not None:
                 torch.mm(slopes, weight, out=d_hidden[start : start + rows])
+            if d_weight is not None:
                 d_weight += slopes.t() @ part
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = stored
@@ -57,19 +67,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grads[0], d_weight.mul_(grads[0]).to(ctx.dtype), None, None
+        d_weight = None if d_weight is None else d_weight.mul_(grads[0]).to(ctx.dtype)
+        return d_hidden * grads[0], d_weight, None, None, None
 
 
 def _differences(
     hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, needed: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss of some rows, and softmax(logits) - target of each, (N, V), where it is `needed`."""
+    """The loss of each row, (N,) float32, and softmax(logits) - target, (N, V), where it is `needed`."""
     ignored, targets = (targets == IGNORED).nonzero().squeeze(1), targets.clamp(min=0)
     if hidden.dtype == torch.bfloat16 and (loops := fused_training.loops_for(hidden, weight)):
         logits = hidden @ weight.t()  # where their differences are written, too
         losses = loops.cross_entropy(logits, targets, smoothing, needed)
         losses[ignored], logits[ignored] = 0, 0
-        return losses.sum(), logits
+        return losses, logits
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     slopes = hidden.new_empty((len(hidden), len(weight)) if needed else (0, 0))
     step = max(16, LOGITS_AT_ONCE // len(weight))
@@ -88,4 +99,4 @@ def _differences(
         log_p.scatter_add_(1, words, torch.full_like(scores, smoothing - 1))
         slopes[start : start + step] = log_p
     losses[ignored], slopes[ignored if needed else ignored[:0]] = 0, 0
-    return losses.sum(), slopes
+    return losses, slopes

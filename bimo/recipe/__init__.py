@@ -1,6 +1,7 @@
 """The recipe, as `bimo.recipe.file` reads it: `load_recipe`, and the sections it is made of."""
 
 from bimo.recipe.file import Recipe, load_recipe, save_recipe
+from bimo.recipe.search import RangeRecipe, SearchRecipe
 from bimo.recipe.sections import (
     CleanRecipe,
     DataRecipe,
@@ -15,6 +16,7 @@ from bimo.recipe.sections import (
 from bimo.recipe.stages import (
     AdapterRecipe,
     AugmentRecipe,
+    EmbeddingRecipe,
     PenaltyRecipe,
     PseudoLabelRecipe,
     ReplayRecipe,
@@ -29,15 +31,18 @@ __all__ = [
     "AugmentRecipe",
     "CleanRecipe",
     "DataRecipe",
+    "EmbeddingRecipe",
     "ModelRecipe",
     "ObjectiveRecipe",
     "ParallelRecipe",
     "PenaltyRecipe",
     "PseudoLabelRecipe",
+    "RangeRecipe",
     "Recipe",
     "ReplayRecipe",
     "ReportRecipe",
     "RobustRecipe",
+    "SearchRecipe",
     "SourceRecipe",
     "StageRecipe",
     "StageTrainingRecipe",

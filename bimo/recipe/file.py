@@ -19,6 +19,7 @@ from typing import Any, cast
 from pydantic import Field, ValidationError, model_validator
 
 from bimo.errors import UsageError
+from bimo.recipe.search import SearchRecipe
 from bimo.recipe.sections import (
     OBJECTIVES,
     DataRecipe,
@@ -48,6 +49,7 @@ class Recipe(Section):
     training: TrainingRecipe = TrainingRecipe()
     report: ReportRecipe = ReportRecipe()
     stage: tuple[StageRecipe, ...] = ()
+    search: SearchRecipe | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -206,11 +208,16 @@ def _write_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
     }
     for key, value in table.items():
         if key not in tables and key not in arrays and value is not None:
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"{_quoted(key)} = {json.dumps(value, ensure_ascii=False)}")
     for key, rows in arrays.items():
         for row in rows:
-            lines += ["", f"[[{prefix}{key}]]"]
-            _write_table(row, f"{prefix}{key}.", lines)
+            lines += ["", f"[[{prefix}{_quoted(key)}]]"]
+            _write_table(row, f"{prefix}{_quoted(key)}.", lines)
     for key, value in tables.items():
-        lines += ["", f"[{prefix}{key}]"]
-        _write_table(value, f"{prefix}{key}.", lines)
+        lines += ["", f"[{prefix}{_quoted(key)}]"]
+        _write_table(value, f"{prefix}{_quoted(key)}.", lines)
+
+
+def _quoted(key: str) -> str:
+    """The keys of search.space have dots in them."""
+    return key if key.isidentifier() and key.isascii() else json.dumps(key, ensure_ascii=False)

@@ -28,6 +28,7 @@ __all__ = [
     "TARGETS",
     "AdapterRecipe",
     "AugmentRecipe",
+    "EmbeddingRecipe",
     "PenaltyRecipe",
     "PseudoLabelRecipe",
     "ReplayRecipe",
@@ -79,9 +80,9 @@ class AdapterRecipe(Section):
 class AugmentRecipe(Section):
     """Altered copies of the training examples, of their questions only; each is known by its id. Never of validation.
 
-    copies: of an example, at most. The others are shares of its words that are changed in a copy:
+    copies: of an example, at most; each is altered in one of the ways below. They are shares of the words:
     synonyms: by WordNet's (English) and by those in `synonym_files`. synonym_files: a word and its synonyms a line,
-        between spaces, tabs or commas.
+        between spaces, tabs or commas; or 同义词词林.
     insert: another word's synonym is put in. swap: two words change places. delete: left out.
     homophones: a Chinese character becomes one that sounds alike. shapes: one that looks alike.
     typos: two letters of an English word change places, one is lost, doubled or hit beside its key.
@@ -100,9 +101,19 @@ class AugmentRecipe(Section):
     typos: Share = 0.0
     back_translation: tuple[str, str] | None = None
 
+    @model_validator(mode="after")
+    def _altering(self) -> AugmentRecipe:
+        given = self.model_fields_set  # a share of 0 that was written may be one of several that are tried
+        if not given - {"copies", "synonym_files"}:
+            raise ValueError("augment names no way to alter a text: give a share, such as synonyms = 0.1")
+        if self.synonym_files and not given & {"synonyms", "insert"}:
+            raise ValueError("synonym_files have no effect without synonyms or insert: give a share of the words")
+        return self
+
 
 class TaskRecipe(SourceRecipe):
-    """A source of examples; of its fields, `weight` is the task's in the loss and in how often it is read.
+    """A source of examples. weight: how often it is read, as of any source. loss_weight: w of its part in the joint
+    loss Σ w L / Σ w, where each L is an average over the task's own tokens.
 
     kind: "chat", dialogues of which the answers are learned; "text", all of it is; "labels", a text and its class;
         "pairs", two texts that belong together (a translation, a title and its passage). "auto" finds it out:
@@ -117,6 +128,7 @@ class TaskRecipe(SourceRecipe):
     label: str | None = None
     instruction: str | None = None
     system: str | None = None
+    loss_weight: float = Field(default=1.0, gt=0)
     augment: AugmentRecipe | None = None
 
     @model_validator(mode="after")
@@ -147,17 +159,26 @@ class ReplayRecipe(Section):
 class RobustRecipe(Section):
     """Training on what is made a little worse.
 
-    kind: the embedding of the text is moved where the loss grows: "fgm", once (arXiv:1605.07725); "pgd", in `steps`
-        steps (arXiv:1706.06083); "freelb", the gradients of all steps are used (arXiv:1909.11764).
-    epsilon: how far, as a share of the embedding's size. step_size: of a step, as a share of epsilon.
-    neftune: alpha of random noise on the embedding (arXiv:2310.05914); 0: none. Costs nothing.
+    kind: the embedding of the text is moved where the loss grows, and text and moved text are learned alike: "fgm",
+        moved once (arXiv:1605.07725); "pgd", in `steps` steps (arXiv:1706.06083); "freelb", the text and the
+        `steps` - 1 texts on its way, all of them are learned (arXiv:1909.11764). A step of training takes 2,
+        `steps` + 1 and `steps` times as long.
+    epsilon: how far, as a share of the embedding's size. step_size: of a step, as a share of epsilon; fgm goes all the
+        way at once.
+    neftune: alpha of random noise on the embedding (arXiv:2310.05914), often 5; 0: none. Costs nothing.
     """
 
     kind: Literal["none", "fgm", "pgd", "freelb"] = "none"
-    epsilon: float = Field(default=0.1, gt=0)
+    epsilon: float = Field(default=0.05, gt=0)
     steps: Count = 3
     step_size: float = Field(default=0.4, gt=0)
     neftune: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _moves(self) -> RobustRecipe:
+        if self.kind == "freelb" and self.steps < 2:
+            raise ValueError("freelb with steps = 1 is the text alone, which has no effect: 2 or more are expected")
+        return self
 
 
 class PenaltyRecipe(Section):
@@ -189,6 +210,23 @@ class PseudoLabelRecipe(Section):
     rounds: Count = 1
 
 
+class EmbeddingRecipe(Section):
+    """Embeddings by contrast: a query is to be nearest to its own passage among those of a micro-batch (so
+    training.micro_batch says how many there are).
+
+    temperature: cosines are divided by it. symmetric: passages look for their queries, too.
+    rows_at_once: texts computed together, and once more for the gradient (GradCache, arXiv:2101.06983), so that a large
+        micro-batch fits into memory; 0: all.
+    query_prefix, passage_prefix: stand before every text, "query: " and "passage: " of e5. Searching must use the same.
+    """
+
+    temperature: float = Field(default=0.05, gt=0)
+    symmetric: bool = False
+    rows_at_once: int = Field(default=0, ge=0)
+    query_prefix: str = ""
+    passage_prefix: str = ""
+
+
 class StageTrainingRecipe(TrainingRecipe):
     """As [training], with values that suit a model that exists. epochs: how often the examples are read; without effect
     where `steps` is given."""
@@ -214,7 +252,7 @@ class StageRecipe(Section):
     adapter: without it all weights are trained.
     length: tokens of a row, into which several examples go; 0: 512, or what the model can read if that is less.
     too_long, bad_rows: what to do with examples longer than a row, and rows that cannot be read: "stop" and name them,
-        or "skip" them, which is counted.
+        or "skip" them, which is counted; texts that an encoder reads may be "cut".
     validation: share of the examples kept out of training; of dialogues, by their question. leaks: as in [data].
     mixing_temperature: 1 reads tasks in proportion to their size, larger values more evenly: size to the power 1/T.
     dropout: 0 to 1; -1 keeps the base's. r_drop: as in [objective].
@@ -230,11 +268,12 @@ class StageRecipe(Section):
     robust: RobustRecipe = RobustRecipe()
     penalty: PenaltyRecipe = PenaltyRecipe()
     pseudo_labels: PseudoLabelRecipe | None = None
+    embedding: EmbeddingRecipe = EmbeddingRecipe()
     clean: CleanRecipe = CleanRecipe(quality=False, min_chars=1, near_duplicates=1.0)
     validation: Share = 0.05
     leaks: Literal["stop", "drop", "warn"] = "drop"
     bad_rows: Literal["stop", "skip"] = "stop"
-    too_long: Literal["stop", "skip"] = "stop"
+    too_long: Literal["stop", "skip", "cut"] = "stop"
     length: int = Field(default=0, ge=0)
     mixing_temperature: float = Field(default=1.0, ge=1)
     dropout: float = Field(default=-1.0, ge=-1, le=1)

@@ -135,14 +135,19 @@ def encode_chat_with_mask(
     return encoding.ids, mask
 
 
-def preview_mask(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> Any:
-    """A `rich.text.Text` of the example: trained tokens green, the others dim, with the share trained underneath."""
+def preview_mask(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int], *, marks: bool = False) -> Any:
+    """A `rich.text.Text` of the example: trained tokens green, the others dim, with the share trained underneath.
+
+    marks: what is trained stands in «», too, for where there are no colours.
+    """
     from rich.text import Text
 
     text = Text()
     for trained, group in _runs(mask):
         piece = b"".join(tokenizer.token_bytes(i, skip_special_tokens=False) for i in ids[group])
-        text.append(piece.decode("utf-8", "replace"), style="bold green" if trained else "dim")
+        shown = piece.decode("utf-8", "replace")
+        shown = f"«{shown}»" if trained and marks else shown
+        text.append(shown, style="bold green" if trained else "dim")
     return text.append(f"\n{sum(mask)} of {len(mask)} tokens are trained ({sum(mask) / max(len(mask), 1):.0%})")
 
 

@@ -31,7 +31,7 @@ from bimo.data.loader import PackedLoader, RowLoader
 from bimo.data.shards import TokenFile, fingerprint
 from bimo.errors import DataError, UsageError
 from bimo.models.block import Block
-from bimo.recipe import Recipe, TrainingRecipe
+from bimo.recipe import Recipe, RobustRecipe, TrainingRecipe
 from bimo.runtime import Ranks
 from bimo.tokenizer.load import Tokenizer
 from bimo.training.checkpoint import latest_checkpoint, load_checkpoint, remove_old, save_checkpoint, save_model
@@ -61,7 +61,9 @@ class Job:
     """What is to be done, whichever part of a recipe says it.
 
     weights: of the training files, by their names; 1 if not given. what: all else that changes a step, JSON-ready.
-    about: what bimo.json tells of it.
+    about: what bimo.json tells of it. length: tokens of a row; 0: what the model can read.
+    from_start: the model is evaluated before the first step, too. beside: validation texts that are told of, but do not
+        say which step was the best. robust: as in training.robust.
     """
 
     name: str
@@ -70,6 +72,10 @@ class Job:
     weights: Mapping[str, float] = field(default_factory=dict)
     what: Any = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    length: int = 0
+    from_start: bool = False
+    beside: tuple[str, ...] = ()
+    robust: RobustRecipe = field(default_factory=RobustRecipe)
 
     @classmethod
     def of(cls, recipe: Recipe) -> Job:
@@ -83,7 +89,8 @@ class Job:
         """What a resumed run must have in common with the one before: all that changes a step."""
         training = self.training.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
         files = [(name, fingerprint(file.folder / "about.json")) for name, file in sorted(texts.train.items())]
-        return fingerprint(self.seed, self.what, training, files, list(self.weights.items()))
+        robust = [self.robust.model_dump(mode="json")] if self.robust != RobustRecipe() else []
+        return fingerprint(self.seed, self.what, training, files, list(self.weights.items()), *robust)
 
 
 @dataclass(frozen=True)
@@ -146,12 +153,12 @@ class _Run:
     ) -> None:
         self.job, self.folder, self.texts, self.warn, self.ranks = job, folder, texts, warn, ranks
         self.training, self.make_loader = job.training, make_loader
-        self.context = model.config.max_positions
+        self.context = job.length or model.config.max_positions
         self.sizes = bytes_of_tokens(texts.tokenizer)
         self.validation = {name: file for name, file in texts.validation.items() if self._has_row(file)}
         if texts.validation and not self.validation:
             warn(f"there is less validation text than one row of {self.context} tokens: nothing is evaluated")
-        self.best, self.since_best, self.evaluated_at = float("inf"), 0, 0
+        self.best, self.since_best, self.evaluated_at = float("inf"), 0, -1 if job.from_start else 0
         self.scores: dict[str, dict[str, float]] = {}  # figures of the last evaluation, by language
         self.mark = job.identity(texts)
         torch.manual_seed(job.seed + ranks.rank)  # only dropout draws from it
@@ -197,7 +204,11 @@ class _Run:
             yield self._evaluate()
         while state.step < training.steps:
             _, stage_end = current_stage(state.step, training, self.context)
-            for info in train(state, self.objective, training, stop_at=stage_end):
+            adapter = getattr(state.model, "adapter", None)
+            steps = train(
+                state, self.objective, training, stop_at=stage_end, robust=self.job.robust, regulariser=adapter
+            )
+            for info in steps:
                 self._log(info.step, loss=info.loss, grad_norm=info.grad_norm, learning_rate=info.learning_rate,
                           tokens_per_second=info.num_tokens / info.seconds)  # fmt: skip
                 yield info
@@ -272,7 +283,7 @@ class _Run:
             state, self.objective, self.training, self.validation, self.sizes, self.context, self.make_loader
         )
         self.evaluated_at = state.step
-        total = sum(scores.values(), Score())
+        total = sum((score for name, score in scores.items() if name not in self.job.beside), Score())
         better = total.nats_per_token < self.best
         self.scores = {name: score.figures for name, score in scores.items()}
         if better:

@@ -1,0 +1,259 @@
+"""A recipe's [[stage]]s, one after the other, each taken up where an earlier run left it.
+
+folder/NAME/data/        the stage's examples, cleaned and divided, and their manifest   (data.pipeline)
+            replay/      text like what the base learned from                           (training.replay)
+            tokens/      as ids, with what is learned of them                           (data.example_tokens)
+            checkpoints/, metrics.jsonl, tensorboard/                                   (training.session)
+            model/       an adapter in PEFT's layout, or a model directory
+            report.html  before and after                                               (cli.tuning_report)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bimo.data.documents import DocumentWriter, read_documents
+from bimo.data.pipeline import Prepared, prepare
+from bimo.data.records import Document
+from bimo.errors import DataError, UsageError
+from bimo.recipe import DataRecipe, Recipe, StageRecipe, TaskRecipe
+from bimo.registries.trouble import Progress
+
+if TYPE_CHECKING:
+    from bimo.data.augment import Augmenter
+    from bimo.data.shards import TokenFile
+    from bimo.training.finetune import Base
+    from bimo.training.session import Texts
+    from bimo.training.stage_kinds import StageKind
+
+__all__ = ["StageData", "open_stage_base", "prepare_stage", "stage_folder", "stage_texts", "task_documents"]
+
+SHOWN = 5  # rows that are named one by one
+
+
+def stage_folder(folder: Path, stage: StageRecipe) -> Path:
+    return folder / stage.name
+
+
+def open_stage_base(recipe: Recipe, stage: StageRecipe, folder: Path, progress: Progress) -> Base:
+    """The model the stage begins with: the one it names, else that of the stage before, else the pretrained one."""
+    from bimo.formats.hub import resolve
+    from bimo.training.finetune import open_base
+
+    if stage.base is not None:
+        return open_base(stage.base, resolve(stage.base, progress=progress))
+    number = recipe.stage.index(stage)
+    before = stage_folder(folder, recipe.stage[number - 1]) if number else folder
+    place = before / "model"
+    if not place.is_dir():
+        raise UsageError(
+            f"stage {stage.name} begins with {place}, which is not there yet: run the whole recipe with `bimo run`, or "
+            f"name a base",
+            "base",
+        )
+    return open_base(str(place), resolve(place, progress=progress))
+
+
+def prepare_stage(stage: StageRecipe, folder: Path, *, workers: int | None, progress: Progress) -> Prepared:
+    """The tasks' examples under folder/data. Raises DataError naming rows that cannot be read, unless the stage says
+    that the others are enough."""
+    recipe = DataRecipe(sources=stage.task, clean=stage.clean, validation=stage.validation, leaks=stage.leaks)
+    prepared = prepare(recipe, folder / "data", workers=workers, progress=progress)
+    damages = prepared.manifest["damages"]
+    if damages and stage.bad_rows == "stop":
+        listed = "; ".join(f"{damage['id']} {damage['reason']}" for damage in damages[:SHOWN])
+        more = f"; and {prepared.manifest['num_damages'] - SHOWN} more" if len(damages) > SHOWN else ""
+        raise DataError(
+            f'{listed}{more}: mend them, or set bad_rows = "skip" in the stage to go on with the others '
+            f"({folder / 'data' / 'manifest.html'} lists all)"
+        )
+    leaked = (prepared.manifest.get("leaks") or {}).get("leaked") or []
+    if leaked and stage.leaks == "stop":
+        raise DataError(
+            f"{len(leaked)} validation examples stand in the training examples as well ({', '.join(leaked[:3])}): "
+            f'clean them, or set leaks to "drop" or "warn"'
+        )
+    if not prepared.files("train"):
+        raise DataError(
+            f"no example was left to learn from: {folder / 'data' / 'manifest.html'} says which step took them"
+        )
+    return prepared
+
+
+def task_documents(prepared: Prepared, split: str, task: TaskRecipe) -> Iterator[Document]:
+    """A task's examples, as its kind wants them."""
+    for document in read_documents(prepared.files(split, task.name)):
+        if task.kind == "text" and document.messages:
+            document.messages = ()
+        yield document
+
+
+class StageData:
+    """Token files of a stage, made or taken up. refused: (id, reason) of the examples that do not fit."""
+
+    def __init__(
+        self, recipe: Recipe, stage: StageRecipe, folder: Path, base: Base, prepared: Prepared, progress: Progress
+    ) -> None:
+        from bimo.data.shards import fingerprint
+        from bimo.training.finetune import row_length
+        from bimo.training.stage_kinds import stage_kind
+
+        self.stage, self.folder, self.base, self.prepared, self.progress = stage, folder, base, prepared, progress
+        self.length = row_length(stage, base.config)
+        self.kind = stage_kind(
+            stage, base, partial(self._all, "train"), partial(self._all, "validation"), seed=recipe.seed
+        )
+        self.refused: list[tuple[str, str]] = []
+        self.augmented: dict[str, Any] = {}  # of the tasks that were, how many copies of each kind
+        augmented = [task.augment.model_dump() for task in stage.task if task.augment]
+        lists = [Path(file) for task in stage.task if task.augment for file in task.augment.synonym_files]
+        tokenizer = base.tokenizer.directory / "tokenizer.json"
+        wishes = (self.length, stage.too_long, self.kind.mark, augmented and recipe.seed, augmented)
+        self.mark = fingerprint(tokenizer, base.tokenizer.chat_template, prepared.manifest["mark"], wishes, *lists)
+
+    def _all(self, split: str) -> Iterator[Document]:
+        for task in self.stage.task:
+            yield from task_documents(self.prepared, split, task)
+
+    def write(self, name: str, documents: Callable[[], Iterable[Document]], mark: str = "") -> TokenFile:
+        """The token folder of that name, of `documents`, which are read only if it is not there yet."""
+        from bimo.data.shards import TokenFile, write_tokens
+
+        place, mark = self.folder / "tokens" / name, f"{self.mark} {mark}"
+        if TokenFile.is_whole(place, mark):
+            return TokenFile.open(place)
+        before = len(self.refused)
+
+        def counted() -> Iterator[Document]:
+            for number, document in enumerate(documents()):
+                self.progress(f"tokenising {name}", number, 0)
+                yield document
+
+        encoded = self.kind.encode(
+            counted(), self.length, lambda document, reason: self.refused.append((document, reason))
+        )
+        file = write_tokens(place, encoded, vocab_size=self.base.tokenizer.vocab_size, mark=mark)
+        if len(self.refused) > before and self.stage.too_long == "stop":
+            place.joinpath("about.json").unlink()  # made again when the recipe says otherwise
+        return file
+
+    def check_refused(self, tell: Callable[[str], None]) -> None:
+        """Raise DataError naming the examples that were refused, or tell how many are left out."""
+        if not self.refused:
+            return
+        listed = "; ".join(f"{name} {reason}" for name, reason in self.refused[:SHOWN])
+        more = f"; and {len(self.refused) - SHOWN} more" if len(self.refused) > SHOWN else ""
+        if self.stage.too_long == "stop":
+            raise DataError(
+                f'{listed}{more}: shorten them, raise length in the stage, or set too_long = "skip" to leave them out'
+            )
+        tell(f"{len(self.refused)} examples are left out: {listed}{more}")
+
+
+def stage_texts(
+    recipe: Recipe,
+    stage: StageRecipe,
+    folder: Path,
+    base: Base,
+    prepared: Prepared,
+    progress: Progress,
+    tell: Callable[[str], None],
+) -> tuple[Texts, StageKind]:
+    """Training files by task, validation files by task, replay and what shows forgetting; and what they are for."""
+    from bimo.training.finetune import GENERAL
+    from bimo.training.replay import NAME as REPLAY
+    from bimo.training.session import Texts
+
+    data = StageData(recipe, stage, folder, base, prepared, progress)
+    train, validation = {}, {}
+    for task in stage.task:
+        train[task.name] = data.write(f"train-{task.name}", partial(_augmented, task, prepared, recipe, data))
+        file = data.write(f"validation-{task.name}", partial(task_documents, prepared, "validation", task))
+        if len(file.tokens):
+            validation[task.name] = file
+    if stage.replay.share and data.kind.can_replay:
+        remembered, held_out, mark = _replay(recipe, stage, folder, base, progress)
+        data.stage = stage.model_copy(update={"too_long": "skip"})  # of text that nobody chose
+        kept, data.refused = data.refused, []
+        train[REPLAY] = data.write(f"train-{REPLAY}", remembered, mark)
+        general = data.write(f"validation-{GENERAL}", held_out, mark)
+        data.stage, data.refused = stage, kept
+        if len(general.tokens):
+            validation[GENERAL] = general
+        else:
+            tell("the base wrote no text worth remembering, so forgetting is not measured: name a replay.source")
+    data.check_refused(tell)
+    return Texts(train, validation, base.tokenizer), data.kind
+
+
+def _augmented(task: TaskRecipe, prepared: Prepared, recipe: Recipe, data: StageData) -> Iterator[Document]:
+    """The task's training examples, and altered copies of them behind all."""
+    yield from task_documents(prepared, "train", task)
+    if task.augment is None:
+        return
+    from bimo.data.augment import Augmenter
+
+    augmenter = Augmenter.of(task.augment, recipe.seed, data.progress, instruction=task.instruction)
+    for document in task_documents(prepared, "train", task):
+        yield from augmenter.augment(document)
+    if task.augment.back_translation:
+        yield from _back_translated(task, augmenter, prepared, data.progress)
+    data.augmented[task.name] = {"copies": dict(augmenter.copies), "dropped": dict(augmenter.dropped)}
+
+
+def _back_translated(
+    task: TaskRecipe, augmenter: Augmenter, prepared: Prepared, progress: Progress
+) -> Iterator[Document]:
+    """Copies of the questions, through two translating models."""
+    import bimo
+    from bimo.evaluation.translation import ModelTranslator
+
+    assert task.augment is not None and task.augment.back_translation is not None
+    there, back = task.augment.back_translation
+    with bimo.load(there, progress=progress) as first, bimo.load(back, progress=progress) as second:
+        yield from augmenter.back_translate(
+            task_documents(prepared, "train", task),
+            ModelTranslator(first.backend, progress=lambda done, total: progress("translating", done, total)),
+            ModelTranslator(second.backend, progress=lambda done, total: progress("translating back", done, total)),
+            language=task.language or "",
+        )
+
+
+def _replay(
+    recipe: Recipe, stage: StageRecipe, folder: Path, base: Base, progress: Progress
+) -> tuple[Callable[[], Iterator[Document]], Callable[[], Iterator[Document]], str]:
+    """What is learned again, what is kept out, and what both were made from."""
+    from bimo.data.shards import fingerprint
+
+    wish = stage.replay
+    if wish.source is not None:
+        source = DataRecipe(sources=(wish.source,), clean=stage.clean, validation=0.1, leaks="drop", passage_chars=1000)
+        prepared = prepare(source, folder / "replay", progress=progress)
+        mark = str(prepared.manifest["mark"])
+        return (
+            lambda: read_documents(prepared.files("train")),
+            lambda: read_documents(prepared.files("validation")),
+            mark,
+        )
+    mark = fingerprint(base.mark, wish.samples, wish.max_tokens, recipe.seed)
+    file = folder / "replay" / f"written-{mark}.parquet"
+    if not file.is_file():
+        import bimo
+        from bimo.training.replay import rehearse
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}")
+        with bimo.load(str(base.directory), progress=progress) as model, DocumentWriter(partial) as writer:
+            settings = {"samples": wish.samples, "max_tokens": wish.max_tokens, "seed": recipe.seed}
+            for document in rehearse(model, **settings, progress=progress):
+                writer.write(document)
+        os.replace(partial, file)
+
+    def part(held_out: bool) -> Iterator[Document]:
+        return (document for number, document in enumerate(read_documents([file])) if (number % 10 == 9) is held_out)
+
+    return lambda: part(False), lambda: part(True), mark

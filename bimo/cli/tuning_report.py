@@ -1,0 +1,124 @@
+"""report.html of a stage: what it bought. Scores before and after, what was forgotten, answers side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bimo.data.documents import read_documents
+from bimo.data.pipeline import Prepared
+from bimo.data.records import Document, Message
+from bimo.evaluation.run_report import Sample, Table, trained_words, write_page
+from bimo.recipe import Recipe, StageRecipe
+from bimo.registries.trouble import Progress
+from bimo.training.finetune import GENERAL
+from bimo.training.session import read_metrics
+
+__all__ = ["write_stage_report"]
+
+SHOWN = 8  # answers of a task, side by side
+SCORED = 32  # answers of a task that are written for ROUGE-L
+
+
+def write_stage_report(recipe: Recipe, stage: StageRecipe, folder: Path) -> dict[str, Any]:
+    """Write the stage's report.html; its path, the figures, and a line for people of each."""
+    from bimo.cli.terminal import progress_display
+
+    place = folder / stage.name
+    lineage = json.loads((place / "model" / "bimo.json").read_text(encoding="utf-8"))
+    before, after = _first_and_last(place)
+    table, figures = _losses(before, after)
+    tables, samples = [table], list[Sample]()
+    with progress_display() as progress:
+        if (rouge := _answers(recipe, stage, place, lineage, samples, progress)) is not None:
+            tables.append(rouge[0])
+            figures["rouge_l"] = rouge[1]
+    facts = [
+        ("base 基座", lineage.get("parent", ""), ""),
+        ("adapter 适配器", stage.adapter.kind if stage.adapter else "none: all weights 无：全部权重", ""),
+        ("trained weights 训练的权重", f"{lineage.get('trained', 0):,} of {lineage.get('parameters', 0):,}", ""),
+        ("trained 训练量", trained_words(place, lineage), ""),
+    ]
+    page = write_page(place, f"{recipe.name} · {stage.name}", "微调报告 · report of the stage", facts, samples, tables)
+    lines = {name: f"{row['before']:.3f} -> {row['after']:.3f} nats a token" for name, row in figures["loss"].items()}
+    for name, row in figures.get("rouge_l", {}).items():
+        lines[name] += f", ROUGE-L {row['before']:.3f} -> {row['after']:.3f}"
+    return {"report": str(page), "figures": figures, "lines": lines}
+
+
+def _first_and_last(place: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """{task: nats a token} before the first step and of the model that was kept."""
+    rows = [
+        {key.split("/")[1]: value for key, value in row.items() if key.endswith("/loss")}
+        for row in read_metrics(place / "metrics.jsonl")
+        if any(key.startswith("validation/") for key in row)
+    ]
+    return (rows[0], rows[-1]) if rows else ({}, {})
+
+
+def _losses(before: dict[str, float], after: dict[str, float]) -> tuple[Table, dict[str, Any]]:
+    loss = {name: {"before": before[name], "after": after[name]} for name in after if name in before}
+    rows = [
+        (name if name != GENERAL else "general 通用（遗忘）", f"{row['before']:.3f}", f"{row['after']:.3f}",
+         f"{row['after'] - row['before']:+.3f}")
+        for name, row in loss.items()
+    ]  # fmt: skip
+    note = (
+        "nats a token of validation answers, never trained on; a higher general loss is what was forgotten "
+        "验证集答案每词元的奈特；通用损失升高即遗忘"
+    )
+    head = ("", "before 之前", "after 之后", "change 变化")
+    return Table("Before and after 前后对比", head, rows, note), {"loss": loss}
+
+
+def _answers(
+    recipe: Recipe,
+    stage: StageRecipe,
+    place: Path,
+    lineage: dict[str, Any],
+    samples: list[Sample],
+    progress: Progress,
+) -> tuple[Table, dict[str, Any]] | None:
+    """Held-out questions, answered by the base and by the tuned model; None where no task has any."""
+    import bimo
+    from bimo.evaluation.answers import rouge_l, write_answers
+
+    chosen = {name: documents for name, documents in _held_out(stage, place).items() if documents}
+    if not chosen or not recipe.report.pairs:
+        return None
+    questions = [document.messages[:-1] for documents in chosen.values() for document in documents]
+    references = [document.messages[-1].content for documents in chosen.values() for document in documents]
+    written: list[list[str]] = []
+    for label, reference in (("answers of the base", lineage["parent"]), ("answers after it", str(place / "model"))):
+        with bimo.load(reference, progress=progress) as model:
+            limit = recipe.report.max_tokens
+            written.append(write_answers(model, questions, max_tokens=limit, progress=progress, label=label))
+    scores: dict[str, Any] = {}
+    rows: list[Sequence[str]] = []
+    start = 0
+    for name, documents in chosen.items():
+        part = slice(start, start := start + len(documents))
+        old, new = (rouge_l(texts[part], references[part]) for texts in written)
+        scores[name] = {"before": old.mean, "after": new.mean, "interval": max(old.interval, new.interval)}
+        rows.append((name, f"{old.mean:.3f} ± {old.interval:.3f}", f"{new.mean:.3f} ± {new.interval:.3f}"))
+        for number in range(part.start, min(part.start + SHOWN, part.stop)):
+            others = (("before 之前", written[0][number]), ("by people 参考", references[number]))
+            samples.append(Sample("compared", _shown(questions[number]), written[1][number], others))
+    note = f"{len(references)} held-out questions, greedy answers of at most {recipe.report.max_tokens} tokens"
+    return Table("ROUGE-L", ("", "before 之前", "after 之后"), rows, note), scores
+
+
+def _held_out(stage: StageRecipe, place: Path) -> dict[str, list[Document]]:
+    """Evenly over each task's validation dialogues."""
+    prepared = Prepared.open(place / "data")
+    chosen = {}
+    for task in stage.task:
+        found = [document for document in read_documents(prepared.files("validation", task.name)) if document.messages]
+        chosen[task.name] = found[:: max(1, len(found) // SCORED)][:SCORED]
+    return chosen
+
+
+def _shown(messages: Sequence[Message]) -> str:
+    return "\n".join(message.content for message in messages if message.role != "system")

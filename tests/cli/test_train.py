@@ -1,0 +1,176 @@
+"""`bimo train`: from examples to a tuned model, a report of before and after, and a clear word for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bimo.cli.main import main
+from bimo.training.session import read_metrics
+
+RECIPE = """
+name = "helper"
+[[stage]]
+name = "chat"
+base = "BASE"
+validation = 0.1
+replay = { source = { name = "general", path = "general" } }
+[stage.training]
+steps = 12
+batch_tokens = 512
+micro_batch = 2
+eval_every = 6
+learning_rate = 1e-3
+dtype = "float32"
+trackers = []
+[[stage.task]]
+name = "sums"
+path = "sums.jsonl"
+[[stage.task]]
+name = "words"
+path = "words.csv"
+prompt = "en"
+answer = "zh"
+instruction = "Chinese: {prompt}"
+weight = 2.0
+[report]
+pairs = 0
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    sums = [{"conversations": [{"from": "human", "value": f"{n}加{n}？"}, {"from": "gpt", "value": f"等于{2 * n}。"}]}
+            for n in range(120)]  # fmt: skip
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in sums), "utf-8")
+    words = "en,zh\n" + "".join(f"word {n},第{n}个词 🦊\n" for n in range(90))
+    (tmp_path / "words.csv").write_text(words, encoding="utf-8")
+    (tmp_path / "general").mkdir()
+    for number in range(40):
+        (tmp_path / "general" / f"{number}.txt").write_text(f"General text {number}. 第{number}段通用的文字。", "utf-8")
+    file = tmp_path / "helper.toml"
+    file.write_text(RECIPE.replace("BASE", str(tiny_model_dir)), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return file
+
+
+def run(recipe: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["train", str(recipe), "--json", *arguments]) == 0, capsys.readouterr().err
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)["stages"][0]
+    return result
+
+
+def test_from_examples_to_a_model_that_answers_better(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(recipe, capsys, "--set", "report.pairs=1", "--set", "report.max_tokens=4")
+    loss = result["figures"]["loss"]
+    assert set(loss) == {"sums", "words", "general"}
+    assert all(loss[name]["after"] < 0.9 * loss[name]["before"] for name in ("sums", "words"))
+    assert set(result["figures"]["rouge_l"]) == {"sums", "words"}
+    folder = Path("runs/helper/chat")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "加" in page and "ROUGE-L" in page and "之前" in page
+    lineage = json.loads((folder / "model" / "bimo.json").read_text(encoding="utf-8"))
+    assert lineage["stage"] == "chat" and lineage["scores"].keys() == loss.keys()
+    before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    run(recipe, capsys)  # nothing is done twice
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_killed_training_goes_on_to_the_same_end(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--no-report", "--set", "stage.0.training.checkpoint_minutes=0"]
+    run(recipe, capsys, *options, "--out", "whole")
+    command = [sys.executable, "-m", "bimo.cli.main", "train", str(recipe), "--out", "killed", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    place = Path("killed/chat")
+    while not list(place.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(place.glob("checkpoints/step-*"))
+    run(recipe, capsys, *options, "--out", "killed")
+    ends = [{row["step"]: row["loss"] for row in read_metrics(Path(name) / "chat" / "metrics.jsonl") if "loss" in row}
+            for name in ("whole", "killed")]  # fmt: skip
+    assert ends[0] == ends[1] and len(ends[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("sums.jsonl", '{"prompt": "a", "completion": "b"}\n{broken\n', "that are not JSON: 1, the first is number 2"),
+        ("sums.jsonl", '{"prompt": "a", "completion": ""}\n', "answer is empty: 1, the first is number 1"),
+        ("sums.jsonl", '{"prompt": "a"}\n', "no known layout"),
+        ("sums.jsonl", "", "is empty"),
+        ("words.csv", "en,de\nword,Wort\n", "without the field 'zh'"),
+    ],
+)  # fmt: skip
+def test_bad_rows_stop_until_the_user_says_so(
+    recipe: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, told: str
+) -> None:
+    Path(name).write_text(content, encoding="utf-8")
+    assert main(["train", str(recipe)]) == 1
+    error = capsys.readouterr().err
+    assert told in error and 'bad_rows = "skip"' in error
+
+
+def test_good_rows_are_used_when_the_user_says_so(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("sums.jsonl").open("a", encoding="utf-8") as file:
+        file.write("{broken\n")
+    options = ["--no-report", "--set", "stage.0.bad_rows=skip", "--set", "stage.0.training.steps=1"]
+    run(recipe, capsys, *options, "--set", "stage.0.replay.share=0")
+    manifest = json.loads(Path("runs/helper/chat/data/manifest.json").read_text(encoding="utf-8"))
+    assert manifest["num_damages"] == 1
+
+
+def test_an_answer_longer_than_a_row_is_named(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("words.csv").open("a", encoding="utf-8") as file:
+        file.write("long," + "很长的回答" * 300 + "\n")
+    assert main(["train", str(recipe), "--set", "stage.0.replay.share=0"]) == 1
+    error = capsys.readouterr().err
+    assert "words/words.csv#90 has" in error and "answer alone has" in error and 'too_long = "skip"' in error
+    options = ["--no-report", "--set", "stage.0.replay.share=0", "--set", "stage.0.training.steps=1"]
+    assert main(["train", str(recipe), *options, "--set", "stage.0.too_long=skip"]) == 0
+    assert "1 examples are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stage.0.base=no-such-model", "no model 'no-such-model'"),
+        ("stage.0.length=100000", "more than the base reads"),
+        ("stage.0.objective=classes", "told by an encoder"),
+        ("stage.0.r_drop=1.0", "set dropout = 0.1"),
+        ("stage.0.tasks=1", "there is no key stage.0.tasks; did you mean task?"),
+        ("stage.0.adapter.knid=lora", "did you mean kind?"),
+        ("stage.0.task.0.instruction=Say it", "{prompt}"),
+    ],
+)
+def test_wrong_recipes_are_refused(recipe: Path, capsys: pytest.CaptureFixture[str], override: str, told: str) -> None:
+    assert main(["train", str(recipe), "--set", override, "--set", "stage.0.replay.share=0"]) in (1, 2)
+    assert told in capsys.readouterr().err
+
+
+def test_the_preview_marks_what_is_learned(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "preview", str(recipe), "--count", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "«等于" in shown and "tokens are trained" in shown and "Chinese: word" in shown
+    assert main(["data", "preview", str(recipe), "--task", "words", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["task"] for row in rows} == {"words"} and all(0 < sum(row["trained"]) < len(row["ids"]) for row in rows)
+
+
+def test_stages_need_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text('name = "r"\n[[stage]]\n[[stage.task]]\nname = "a"\npath = "a.jsonl"\n', encoding="utf-8")
+    assert main(["train", str(file)]) == 2
+    assert "stage.0.base names the model to begin with" in capsys.readouterr().err
+    file.write_text('name = "r"\n', encoding="utf-8")
+    assert main(["train", str(file)]) == 2
+    assert "there is nothing to do" in capsys.readouterr().err
