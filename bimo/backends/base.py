@@ -13,7 +13,7 @@ from typing import Protocol
 from bimo.engine.request import Output, Request
 from bimo.tokenizer.load import Tokenizer
 
-__all__ = ["Backend", "BackendInfo", "BackendStats", "OutputSink"]
+__all__ = ["Backend", "BackendInfo", "BackendStats", "EmbedderInfo", "OutputSink"]
 
 OutputSink = Callable[[Output], None]  # called from the backend's own thread; must return at once
 
@@ -34,6 +34,23 @@ class BackendInfo:
     quant: str = "none"  # "int8" | "int4" | "file" | "none"
     cache_dtype: str = ""  # of keys and values
     reads_source: bool = False  # an encoder-decoder: an answer is made of the prompt, not put behind it
+    adapters: tuple[str, ...] = ()  # that a request may choose (Request.adapter)
+    created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedderInfo:
+    """What is being served. context_length: tokens of a text, [CLS] and [SEP] among them. dimensions: of a vector."""
+
+    model: str  # the reference the user gave
+    architecture: str  # Hugging Face model_type
+    num_parameters: int
+    context_length: int
+    dimensions: int
+    vocab_size: int
+    dtype: str
+    device: str
+    pooling: str  # "mean" or "cls"
     created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
 
 

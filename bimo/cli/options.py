@@ -45,6 +45,7 @@ __all__ = [
     "checked_text",
     "given",
     "load_model",
+    "named_folders",
     "read_stdin",
 ]
 
@@ -98,6 +99,19 @@ def given(**options: Any) -> dict[str, Any]:
         for name, value in options.items()
         if value is not None and value is not False and value != []
     }
+
+
+def named_folders(pairs: list[str], param: str) -> dict[str, str]:
+    """NAME=DIR options as a dictionary; UsageError for one without a name or folder, or a name given twice."""
+    folders: dict[str, str] = {}
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        if not name or not folder:
+            raise UsageError(f"--{param} takes NAME=DIR, e.g. support=runs/helper/chat/model, not {pair!r}", param)
+        if name in folders:
+            raise UsageError(f"--{param} names {name!r} twice: give each folder a name of its own", param)
+        folders[name] = folder
+    return folders
 
 
 def load_model(model: str, **wishes: Any) -> Model:

@@ -401,6 +401,8 @@ def _config(model: str) -> DecoderConfig:
     from bimo.formats.huggingface import read_config
     from bimo.models.catalog import CATALOG, SIZES, near_names
 
+    if model in CATALOG and not CATALOG[model].size:
+        raise UsageError(f"a plan is for what writes text, {model} makes embeddings: name another model", "serve")
     if model in CATALOG:
         return SIZES[CATALOG[model].size]
     if model in SIZES:

@@ -61,7 +61,13 @@ def open_stage_base(recipe: Recipe, stage: StageRecipe, folder: Path, progress: 
 def prepare_stage(stage: StageRecipe, folder: Path, *, workers: int | None, progress: Progress) -> Prepared:
     """The tasks' examples under folder/data. Raises DataError naming rows that cannot be read, unless the stage says
     that the others are enough."""
-    recipe = DataRecipe(sources=stage.task, clean=stage.clean, validation=stage.validation, leaks=stage.leaks)
+    recipe = DataRecipe(
+        sources=stage.task,
+        clean=stage.clean,
+        validation=stage.validation,
+        leaks=stage.leaks,
+        passage_chars=stage.passage_chars,
+    )
     prepared = prepare(recipe, folder / "data", workers=workers, progress=progress)
     damages = prepared.manifest["damages"]
     if damages and stage.bad_rows == "stop":

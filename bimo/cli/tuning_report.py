@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bimo.cli.tuning_tables import class_table
 from bimo.data.documents import read_documents
 from bimo.data.pipeline import Prepared
 from bimo.data.records import Document, Message
@@ -32,6 +33,9 @@ def write_stage_report(recipe: Recipe, stage: StageRecipe, folder: Path) -> dict
     table, figures = _losses(before, after)
     tables, samples = [table], list[Sample]()
     with progress_display() as progress:
+        if (classes := class_table(stage, place, progress)) is not None:
+            tables.append(classes[0])
+            figures["classes"] = classes[1]
         if (rouge := _answers(recipe, stage, place, lineage, samples, progress)) is not None:
             tables.append(rouge[0])
             figures["rouge_l"] = rouge[1]
@@ -43,6 +47,11 @@ def write_stage_report(recipe: Recipe, stage: StageRecipe, folder: Path) -> dict
     ]
     page = write_page(place, f"{recipe.name} · {stage.name}", "微调报告 · report of the stage", facts, samples, tables)
     lines = {name: f"{row['before']:.3f} -> {row['after']:.3f} nats a token" for name, row in figures["loss"].items()}
+    for name, row in figures.get("classes", {}).items():
+        lines[name] += (
+            f"; accuracy {row['model']['accuracy']:.4f}, macro F1 {row['model']['macro_f1']:.4f} (TF-IDF and a "
+        )
+        lines[name] += f"linear model: {row['linear']['accuracy']:.4f}, {row['linear']['macro_f1']:.4f})"
     for name, row in figures.get("rouge_l", {}).items():
         lines[name] += f", ROUGE-L {row['before']:.3f} -> {row['after']:.3f}"
     return {"report": str(page), "figures": figures, "lines": lines}

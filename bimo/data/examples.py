@@ -10,14 +10,15 @@ fields itself. All rows of a file have one layout: a file that mixes them is mos
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from bimo.data.parsers import TURNS, BadRow, dialogue, fill
 from bimo.data.records import Message
-from bimo.recipe import TaskRecipe
+from bimo.recipe import SourceRecipe, TaskRecipe
 
-__all__ = ["Example", "dressed", "layout", "read_example"]
+__all__ = ["Example", "dressed", "layout", "path_label", "read_example"]
 
 # name -> (fields of the question, fields of the answer); a row has one of each
 PAIRS = {
@@ -88,6 +89,15 @@ def dressed(messages: tuple[Message, ...], task: TaskRecipe) -> tuple[Message, .
     if task.system is not None and messages[0].role != "system":
         messages = (Message("system", task.system), *messages)
     return messages
+
+
+def path_label(name: str, source: SourceRecipe) -> str | None:
+    """The class that a file's path tells; "" where it is not asked for one, None where it has none."""
+    pattern = source.label_path if isinstance(source, TaskRecipe) else None
+    if pattern is None:
+        return ""
+    found = re.search(pattern, f"/{name}")
+    return found[1] if found else None
 
 
 def _asked(question: str, answer: str) -> Example:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from bimo.data.examples import dressed, read_example
+from bimo.data.examples import dressed, path_label, read_example
 from bimo.data.parsers import (
     DECODER,
     FIELD,
@@ -46,7 +46,7 @@ from bimo.data.parsers import (
 )
 from bimo.data.records import Damage, Document, Message
 from bimo.data.segment import best_border
-from bimo.data.sources import SourceFile, is_backup, kind_of, open_file
+from bimo.data.sources import SourceFile, is_backup, kind_of, line_start, open_file
 from bimo.errors import BimoError
 from bimo.recipe import ParallelRecipe, SourceRecipe, TaskRecipe
 
@@ -70,6 +70,8 @@ def read_file(file: SourceFile, source: SourceRecipe) -> Iterator[Document | Dam
             reading.fail("is an editor's backup or a left-over")
         elif _is_empty(file):
             reading.fail("is empty")
+        elif reading.label is None:
+            reading.fail("has no class: there is nothing in its path that label_path finds")
         elif source.parallel is not None and kind != "html":
             reading.fail("is no HTML page: parallel documents are")
         elif kind is None or (file.member is None and file.name.lower().endswith(".zip")):
@@ -126,6 +128,7 @@ class _Reading:
         self.wanted = [template for template in (source.prompt, source.answer) if template] or [source.text]
         self.fields = {name for template in self.wanted for name in (template, *FIELD.findall(template))}
         self.layout = ""  # of a task's rows, as the first one shows it
+        self.label = path_label(file.name, source)
 
     # --- the account
 
@@ -153,9 +156,9 @@ class _Reading:
             left: float = float("inf")
             if self.file.is_part:
                 end = self.file.end
-                begin = _line_start(stream, self.file.start, end)
+                begin = line_start(stream, self.file.start, end)
                 if end is not None:
-                    left = max(_line_start(stream, end, None) - begin, 0) if begin < end else 0
+                    left = max(line_start(stream, end, None) - begin, 0) if begin < end else 0
                 stream.seek(begin)
             # read1: what was unpacked before the damage is not thrown away with it
             while left > 0 and (block := stream.read1(int(min(BLOCK, left)))):  # type: ignore[attr-defined]
@@ -239,7 +242,9 @@ class _Reading:
             messages = dressed(messages, self.source)
         if messages:
             text = "\n".join(message.content for message in messages)
-        return Document(text, place, self.source.name, self.source.language or "", title, messages, group, label)
+        return Document(
+            text, place, self.source.name, self.source.language or "", title, messages, group, label or self.label or ""
+        )
 
     def pieces(self, texts: Iterator[str], title: str = "") -> Iterator[Document]:
         """One running text as a document, or as several of at most MAX_CHARS characters, cut at the best border.
@@ -307,21 +312,6 @@ class _Reading:
         if not (example.messages or example.text.strip()):
             raise BadRow("rows without text")
         return self.document(example.text, number, "", example.messages, label=example.label)
-
-
-def _line_start(stream: IO[bytes], offset: int, limit: int | None) -> int:
-    """Where the first line begins that does so at or after `offset`; at most looked for until `limit`."""
-    if offset == 0:
-        return 0
-    position = offset - 1
-    stream.seek(position)
-    while block := stream.read(1 << 16):
-        if (at := block.find(b"\n")) >= 0:
-            return position + at + 1
-        position += len(block)
-        if limit is not None and position >= limit:
-            return limit
-    return position
 
 
 # --- kinds ------------------------------------------------------------------------------------------------------------

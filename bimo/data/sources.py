@@ -29,7 +29,7 @@ from bimo.recipe import ParallelRecipe, SourceRecipe
 from bimo.registries.packages import fetch_package, is_package
 from bimo.registries.trouble import Progress
 
-__all__ = ["SourceFile", "files_of", "is_backup", "kind_of", "open_file"]
+__all__ = ["SourceFile", "files_of", "is_backup", "kind_of", "line_start", "open_file"]
 
 PART_BYTES = 64 << 20  # a process's share of a large file
 MAX_MEMBER_BYTES = 2 << 30  # of one file inside an archive
@@ -310,3 +310,18 @@ def open_file(file: SourceFile) -> Iterator[IO[bytes]]:
         if head == GZIP:
             stream = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=cast(io.BufferedIOBase, stream))))
         yield stream
+
+
+def line_start(stream: IO[bytes], offset: int, limit: int | None) -> int:
+    """Where the first line begins that does so at or after `offset`; at most looked for until `limit`."""
+    if offset == 0:
+        return 0
+    position = offset - 1
+    stream.seek(position)
+    while block := stream.read(1 << 16):
+        if (at := block.find(b"\n")) >= 0:
+            return position + at + 1
+        position += len(block)
+        if limit is not None and position >= limit:
+            return limit
+    return position

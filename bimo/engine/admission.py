@@ -27,10 +27,14 @@ class Limits:
     num_blocks: int
     block_size: int
     reads_source: bool
+    adapters: tuple[str, ...] = ()
 
     def check(self, request: Request) -> tuple[list[int], int, int]:
         """The prompt as it fits, the tokens cut off its front, and the room for new ones. Raises ContextLengthError or
         UsageError."""
+        if request.adapter is not None and request.adapter not in self.adapters:
+            there = f"there are {', '.join(self.adapters)}" if self.adapters else "none was loaded beside the model"
+            raise UsageError(f"no adapter {request.adapter!r}: {there}", "adapter")
         prompt, truncated = self._fit_prompt(request)
         room = self._room(len(prompt))
         max_tokens = min(request.sampling.max_tokens or room, room)

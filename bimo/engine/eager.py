@@ -6,6 +6,7 @@ copied (12 MB for 64 rows of 49,152 words).
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bimo.engine.adapted import AdapterRows
 from bimo.engine.paged import PagedCache, StepAttention
 from bimo.engine.scheduler import Scheduled
 
@@ -43,6 +45,8 @@ class EagerDecoder:
     def __init__(self, model: Any) -> None:
         self.model, self.config = model.eval(), model.config
         self.weight = model.embed_tokens.weight
+        self.adapter_rows: AdapterRows | None = getattr(model, "adapter_rows", None)
+        self.adapters = self.adapter_rows.names if self.adapter_rows else ()  # numbered from 1 on
 
     def make_cache(self, num_blocks: int, block_size: int) -> PagedCache:
         """The memory of keys and values, where the model is."""
@@ -81,6 +85,10 @@ class EagerDecoder:
 
     def _compute(self, input_ids: Tensor, positions: Tensor, plan: list[Scheduled]) -> Tensor:
         """The model on a step's row of tokens, (1, T) each -> (1, T, D)."""
+        if self.adapter_rows:
+            ends = list(accumulate(work.count for work in plan))
+            spans = [(w.sequence.adapter, end - w.count, end) for w, end in zip(plan, ends, strict=True)]
+            self.adapter_rows.select(spans)
         return self.model(input_ids, positions, StepAttention(self.cache, plan))
 
     def _scored(self, hidden: Tensor, scored: list[int]) -> Tensor:

@@ -125,6 +125,7 @@ class Engine:
             num_blocks=self.pool.num_blocks,
             block_size=self.pool.block_size,
             reads_source=reads_source,
+            adapters=runner.model.adapters,
         )
         self.stats = EngineStats()
         self._live: dict[str, _Live] = {}
@@ -165,6 +166,7 @@ class Engine:
                 num_prompt=len(prompt),
                 source=source,
                 max_tokens=max_tokens,
+                adapter=self.limits.adapters.index(request.adapter) + 1 if request.adapter else 0,
                 forced_token_id=self.config.first_token_id,
                 banned_token_ids=self.config.banned_token_ids,
                 eos_token_ids=frozenset() if sampling.ignore_eos else frozenset(self.tokenizer.eos_token_ids),
@@ -417,6 +419,7 @@ class Engine:
             num_prompt=origin.num_prompt,
             source=origin.source,
             max_tokens=origin.max_tokens,
+            adapter=origin.adapter,
             forced_token_id=origin.forced_token_id,
             banned_token_ids=origin.banned_token_ids,
             eos_token_ids=origin.eos_token_ids,

@@ -22,10 +22,11 @@ from bimo.engine.scheduler import Scheduled
 from bimo.models.config import DecoderConfig
 from bimo.runtime import available_memory, lazy_memory
 
-__all__ = ["FusedCache", "FusedDecoder", "FusedWeights", "can_fuse"]
+__all__ = ["FusedCache", "FusedDecoder", "FusedWeights", "Parts", "can_fuse"]
 
 BLOCK = 16  # tokens of a cache block
 Array = NDArray[Any]
+Parts = dict[tuple[int, str], Any]  # an adapter: bimo_kernels.LowRank by layer and matrix ("qkv", "out", "up", "down")
 
 
 def can_fuse(config: DecoderConfig) -> str | None:
@@ -108,11 +109,15 @@ class FusedDecoder:
         config: DecoderConfig,
         weights: FusedWeights,
         *,
+        adapters: dict[str, Parts] | None = None,
         cache_dtype: str = "bfloat16",
         instruction_set: str = "",
     ) -> None:
+        """adapters: what each adds to the model's matrices (fusing.pack_change), by its name."""
         assert cache_dtype in ("bfloat16", "int8")
         self.config, self.cache_dtype, self.instruction_set = config, cache_dtype, instruction_set
+        self.changes = adapters or {}
+        self.adapters = tuple(self.changes)  # numbered from 1 on
         self.fused = self._build(weights)
         self._mapped = weights if weights.mapped else None
 
@@ -143,11 +148,11 @@ class FusedDecoder:
         the words alone, a step after the other."""
         token_ids = [token for work in plan for token in work.token_ids]
         spans = [(work.start, work.count, work.sequence.blocks) for work in plan]
+        adapters = [work.sequence.adapter for work in plan] if self.adapters else ()
         if more is None:
-            return self.fused.step(token_ids, spans, scored)
-        return self.fused.step(
-            token_ids, spans, scored, want_logits=False, steps=more.steps, seconds=more.seconds, ends=more.ends
-        )
+            return self.fused.step(token_ids, spans, scored, adapters=adapters)
+        several = {"want_logits": False, "steps": more.steps, "seconds": more.seconds, "ends": more.ends}
+        return self.fused.step(token_ids, spans, scored, adapters=adapters, **several)
 
     def interrupt(self) -> None:
         """From another thread: somebody waits, do not go on after the step that is being computed."""
@@ -204,4 +209,6 @@ class FusedDecoder:
             positions=vectors.get("embed_positions.weight"),
             frequencies=vectors.get("frequencies"),
         )
+        for parts in self.changes.values():
+            fused.add_adapter(parts)
         return fused

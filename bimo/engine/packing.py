@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bimo.engine.kernels import load_kernels
 from bimo.models.decoder import Decoder
+from bimo.models.encoder import Encoder
 from bimo.models.layers import MLP, RMSNorm
 from bimo.models.seq2seq import EncoderDecoder
 
@@ -103,7 +104,7 @@ class PackedMLP(nn.Module):
         return self.down_proj(inner)
 
 
-def pack_linear_layers(model: Decoder | EncoderDecoder) -> None:
+def pack_linear_layers(model: Decoder | Encoder | EncoderDecoder) -> None:
     """Replace every MLP, nn.Linear and RMSNorm of the model, in place, and give a decoder's tied embeddings a packed
     head; an encoder-decoder's head has a factor and a bias, and stays as it is."""
     weight = model.embed_tokens.weight
@@ -114,7 +115,7 @@ def pack_linear_layers(model: Decoder | EncoderDecoder) -> None:
         kernels = import_module("bimo_kernels.tensors")
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, MLP):
+            if isinstance(child, MLP) and isinstance(child.down_proj, nn.Linear):  # else adapters change it
                 setattr(module, name, PackedMLP(child, model.config.activation))
             elif isinstance(child, nn.Linear) and not isinstance(module, MLP | EncoderDecoder):
                 setattr(module, name, PackedLinear(child.weight, child.bias))

@@ -190,6 +190,7 @@ class Request:
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     truncate_prompt: bool = False  # cut the front of a prompt that is too long, and report it
     constraint: Callable[[], Constraint] | None = None
+    adapter: str | None = None  # the name of one that was loaded beside the model; None: the model as it is
 
 
 @dataclass(slots=True)

@@ -67,6 +67,7 @@ class Sequence:
     num_prompt: int
     source: Source | None = None  # an encoder-decoder's; the prompt is then the token that starts an answer
     max_tokens: int  # output tokens at most, context counted in
+    adapter: int = 0  # number of the one it is computed with; 0: the base alone
     eos_token_ids: frozenset[int] = frozenset()
     leader: Sequence | None = None  # same prompt, computed first; this one then finds it in the prefix cache
     gang: Gang | None = None
@@ -116,7 +117,10 @@ class Sequence:
 
     @property
     def root(self) -> bytes:
-        """What the names of its blocks begin with: keys and values depend on the source, where there is one."""
+        """What the names of its blocks begin with: keys and values depend on the source, where there is one, and on
+        the adapter."""
+        if self.adapter:
+            return hash_block(b"adapter", [self.adapter])
         return self.source.name if self.source else b""
 
     @property

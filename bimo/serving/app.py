@@ -1,6 +1,6 @@
 """`create_app`: a backend as an OpenAI-compatible HTTP application with a web page. `serve`: the same, running.
 
-    app = create_app(LocalBackend.load("smollm2"), api_key="...")
+    app = create_app(LocalBackend.load("smollm2"), api_key="...")        # and embedder=Embedder.load("minilm")
     exit_code = serve(lambda: LocalBackend.load("smollm2"), port=8000, on_ready=print)
 
 Layers, outermost first: Observer (id, log, metrics, headers, the last except) - CORS (only when asked for) - Guard
@@ -10,7 +10,7 @@ Layers, outermost first: Observer (id, log, metrics, headers, the last except) -
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -27,6 +27,9 @@ from bimo.serving.pages import SECURITY_HEADERS, page_routes
 from bimo.serving.routes import api_router, openapi_document
 from bimo.serving.server import bracketed, open_socket, run
 from bimo.serving.service import Service
+
+if TYPE_CHECKING:
+    from bimo.backends.embedding import Embedder
 
 __all__ = ["MAX_BODY_BYTES", "MAX_QUEUE", "create_app", "serve"]
 
@@ -45,28 +48,39 @@ def create_app(
     cors_origins: Sequence[str] = (),
     allowed_hosts: Sequence[str] | None = None,
     keep_alive: float = KEEP_ALIVE,
+    embedder: Embedder | None = None,
 ) -> FastAPI:
     """The application; `app.state.service.attach(backend)` makes one created with None answer.
 
+    backend        what writes; None beside an embedder: only embeddings are served
     api_key        the bearer key everything but the page and /health needs; None: no key
     model_name     the name clients use; None: the last part of the reference the model was loaded from
     max_body_bytes larger bodies get 413; max_queue: sequences inside at once, more get 429
     cors_origins   web origins that may call the API from a browser; none by default
     allowed_hosts  Host headers answered, without ports ("[::1]" for IPv6); None: any
     keep_alive     seconds of silence in a stream after which a comment is sent
+    embedder       what /v1/embeddings asks
     """
     app = FastAPI(title="bimo", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = Service(
         model_name=model_name, max_queue=max_queue, max_body_bytes=max_body_bytes, keep_alive=keep_alive
     )
-    if backend is not None:
-        app.state.service.attach(backend)
+    if models := [model for model in (backend, embedder) if model is not None]:
+        app.state.service.attach(*models)
     app.include_router(api_router())
 
     async def openapi(http: HttpRequest) -> Response:
         service = app.state.service
-        name = model_name or (service.model_name if service.ready else None)
-        return json_response(openapi_document(app, with_key=api_key is not None, model_name=name))
+        names = (model_name, None) if not service.ready else service.names
+        return json_response(
+            openapi_document(
+                app,
+                with_key=api_key is not None,
+                model_name=names[0],
+                embedder_name=names[1],
+                adapters=service.adapters,
+            )
+        )
 
     app.add_route("/openapi.json", openapi, include_in_schema=False)
     app.routes.extend(page_routes())
@@ -90,7 +104,7 @@ async def _refuse(_: HttpRequest, error: Exception) -> Response:
 
 
 def serve(
-    backend_factory: Callable[[], Backend],
+    backend_factory: Callable[[], Backend | Embedder],
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
@@ -99,11 +113,14 @@ def serve(
     on_listen: Callable[[str], None] | None = None,
     allowed_hosts: Sequence[str] | None = None,
     grace: float = 5.0,
+    embedder_factory: Callable[[], Embedder] | None = None,
     **settings: Any,
 ) -> int:
     """Serve until a signal; returns the exit code: 0 after SIGTERM, 130 after SIGINT (Ctrl-C).
 
-    backend_factory  makes the backend; called in a thread while the socket already answers
+    backend_factory  makes the backend, or an embedder, which is then served alone; called in a thread while the socket
+                     already answers
+    embedder_factory makes the embedder that is served beside the backend
     port             0 takes any free one
     on_listen, on_ready  get the address, e.g. "http://127.0.0.1:8000", when the socket is open, and when the model is
                      loaded (called on the loading thread)
@@ -127,7 +144,7 @@ def serve(
     return run(
         app,
         app.state.service,
-        backend_factory,
+        [backend_factory, *([embedder_factory] if embedder_factory else [])],
         listener,
         on_listen=lambda: tell(on_listen),
         on_ready=lambda: tell(on_ready),

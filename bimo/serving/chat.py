@@ -58,7 +58,7 @@ async def create_chat_completion(http: HttpRequest) -> Response:
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": service.model_name,
+        "model": plan.request.adapter or service.model_name,
         "system_fingerprint": service.fingerprint,
     }
     try:
@@ -172,7 +172,11 @@ def _plan(service: Service, body: ChatRequest) -> Plan:
         stop=stop,
     )
     request = Request(
-        prompt_token_ids=ids, sampling=sampling, truncate_prompt=bool(body.truncate_prompt), constraint=shape
+        prompt_token_ids=ids,
+        sampling=sampling,
+        truncate_prompt=bool(body.truncate_prompt),
+        constraint=shape,
+        adapter=service.adapter(body.model),
     )
     asked = {body.stop} if isinstance(body.stop, str) else set(body.stop or ())
     return Plan(request=request, tools=reading, own_stops=frozenset(stop) - asked)

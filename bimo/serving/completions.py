@@ -51,7 +51,7 @@ async def create_completion(http: HttpRequest) -> Response:
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": int(time.time()),
-        "model": service.model_name,
+        "model": service.adapter(body.model) or service.model_name,
         "system_fingerprint": service.fingerprint,
     }
     generation = service.start(plan.requests, record_of(http.scope))
@@ -134,7 +134,13 @@ def _plan(service: Service, body: CompletionRequest) -> Plan:
     )
     shape = constraint(tokenizer, None, body.structured_outputs)
     requests = [
-        Request(prompt_token_ids=p.ids, sampling=sampling, truncate_prompt=bool(body.truncate_prompt), constraint=shape)
+        Request(
+            prompt_token_ids=p.ids,
+            sampling=sampling,
+            truncate_prompt=bool(body.truncate_prompt),
+            constraint=shape,
+            adapter=service.adapter(body.model),
+        )
         for p in prompts
     ]
     return Plan(prompts, requests)

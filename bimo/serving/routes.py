@@ -6,7 +6,7 @@ and be bounded in size before parsing; so the request schemas are put into the d
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -21,15 +21,22 @@ from bimo import __version__
 from bimo.serving import answers
 from bimo.serving.chat import create_chat_completion
 from bimo.serving.completions import create_completion
-from bimo.serving.errors import json_response
-from bimo.serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from bimo.serving.service import Service, service_of
+from bimo.serving.embeddings import create_embeddings
+from bimo.serving.errors import ApiError, json_response
+from bimo.serving.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+from bimo.serving.service import service_of
 from bimo.serving.tokens import detokenize, tokenize
 
 __all__ = ["api_router", "openapi_document"]
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
-_BODIES: list[type[BaseModel]] = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
+_WRITING: list[type[BaseModel]] = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
 _REFERENCE = "#/components/schemas/{model}"
 _NULL = {"type": "null"}
 _REFUSALS = {
@@ -49,7 +56,7 @@ _REFUSALS = {
 async def health(http: HttpRequest) -> Response:
     """200 when requests are answered, 503 before and after."""
     service = service_of(http)
-    _ = service.backend
+    service.check_ready()
     return json_response({"status": "ok", "model": service.model_name})
 
 
@@ -65,25 +72,18 @@ async def metrics(http: HttpRequest) -> Response:
 
 async def list_models(http: HttpRequest) -> Response:
     """What is served."""
-    return json_response({"object": "list", "data": [_card(service_of(http))]})
+    return json_response({"object": "list", "data": service_of(http).cards()})
 
 
 async def get_model(http: HttpRequest) -> Response:
     """One model by its name."""
-    service = service_of(http)
-    service.check_model(http.path_params["model"])
-    return json_response(_card(service))
-
-
-def _card(service: Service) -> dict[str, Any]:
-    info = service.backend.info()
-    return {
-        "id": service.model_name,
-        "object": "model",
-        "created": info.created,
-        "owned_by": "bimo",
-        "max_model_len": info.context_length,
-    }
+    name, cards = http.path_params["model"], service_of(http).cards()
+    for card in cards:
+        if card["id"] == name:
+            return json_response(card)
+    served = " and ".join(repr(card["id"]) for card in cards)
+    raise ApiError(404, f"no model {name[:200]!r} here; this server has {served}",
+                   param="model", code="model_not_found")  # fmt: skip
 
 
 def api_router() -> APIRouter:
@@ -96,9 +96,11 @@ def api_router() -> APIRouter:
         body: type[BaseModel],
         answer: type[BaseModel],
         chunk: type[BaseModel] | None = None,
+        *,
+        limited: bool = False,
     ) -> None:
         content = {"text/event-stream": {"itemSchema": _event_schema(chunk)}} if chunk else {}
-        statuses = [400, 401, 404, 408, 413, 415, 421, *([429] if chunk else []), 500, 503]
+        statuses = [400, 401, 404, 408, 413, 415, 421, *([429] if chunk or limited else []), 500, 503]
         schema = {"$ref": _REFERENCE.format(model=body.__name__)}
         router.add_api_route(
             path,
@@ -127,6 +129,7 @@ def api_router() -> APIRouter:
         "/v1/chat/completions", create_chat_completion, ChatRequest, answers.ChatCompletion, answers.ChatCompletionChunk
     )
     post("/v1/completions", create_completion, CompletionRequest, answers.Completion, answers.Completion)
+    post("/v1/embeddings", create_embeddings, EmbeddingRequest, answers.EmbeddingList, limited=True)
     post("/tokenize", tokenize, TokenizeRequest, answers.Tokenized)
     post("/detokenize", detokenize, DetokenizeRequest, answers.Detokenized)
     get("/v1/models", list_models, answers.ModelList, [401, 421, 500, 503])
@@ -153,23 +156,32 @@ def _refusals(statuses: list[int]) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": answers.ErrorAnswer, "description": _REFUSALS[status]} for status in statuses}
 
 
-def openapi_document(app: FastAPI, *, with_key: bool, model_name: str | None) -> dict[str, Any]:
-    """/openapi.json: what FastAPI knows of the routes, the request bodies with the model that is served (None: still
-    loading), and the key when one is set."""
+def openapi_document(
+    app: FastAPI,
+    *,
+    with_key: bool,
+    model_name: str | None,
+    embedder_name: str | None = None,
+    adapters: Sequence[str] = (),
+) -> dict[str, Any]:
+    """/openapi.json: what FastAPI knows of the routes, the request bodies with the models that are served (None: not
+    there, or still loading), and the key when one is set."""
     document = get_openapi(
         title="bimo",
         version=__version__,
         description="An OpenAI-compatible server. Unknown fields are refused by name, never ignored.",
         routes=app.routes,
     )
-    models: list[Any] = [(model, "validation") for model in _BODIES]
+    models: list[Any] = [(model, "validation") for model in (*_WRITING, EmbeddingRequest)]
     models.append((answers.ChatCompletionChunk, "serialization"))
     _, schemas = models_json_schema(models, ref_template=_REFERENCE)
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(schemas["$defs"])
-    if model_name is not None:
-        for body in _BODIES:
-            components["schemas"][body.__name__]["properties"]["model"] |= {"anyOf": [{"const": model_name}, _NULL]}
+    writing, embedding = [model_name, *adapters], [embedder_name]
+    for names, bodies in ((writing, _WRITING), (embedding, [EmbeddingRequest])):
+        for body in bodies if names[0] is not None else ():
+            which = {"const": names[0]} if len(names) == 1 else {"enum": names}
+            components["schemas"][body.__name__]["properties"]["model"] |= {"anyOf": [which, _NULL]}
     if with_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for operations in document["paths"].values():

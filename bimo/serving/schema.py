@@ -19,6 +19,7 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "DetokenizeRequest",
+    "EmbeddingRequest",
     "Message",
     "ResponseFormat",
     "SamplingFields",
@@ -38,6 +39,9 @@ MAX_BIASES = 300
 MAX_TOKENS = 1 << 24  # far above any context; the context's own limit is the engine's
 MAX_TOKEN_ID = (1 << 31) - 1
 MAX_CHOICES = 1024
+MAX_INPUTS = 2048  # OpenAI's
+MAX_INPUT_TOKENS = 1 << 20  # the context's own limit comes after it
+MAX_DIMENSIONS = 1 << 20
 
 
 class Strict(BaseModel):
@@ -358,6 +362,29 @@ class CompletionRequest(SamplingFields):
             raise combination("truncate_prompt", "echo repeats the whole prompt, truncate_prompt cuts it: set one")
         if self.add_special_tokens is not None and not isinstance(first_prompt(self.prompt), str):
             raise combination("add_special_tokens", "add_special_tokens has no effect on a prompt of token ids")
+
+
+EmbeddedIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_INPUT_TOKENS)]
+EmbeddedText = Annotated[str, Field(min_length=1)]
+EmbeddingInput = Annotated[
+    Annotated[EmbeddedText, Tag("as_word")]
+    | Annotated[EmbeddedIds, Tag("as_ids")]
+    | Annotated[list[EmbeddedIds], Field(min_length=1, max_length=MAX_INPUTS), Tag("as_id_lists")]
+    | Annotated[list[EmbeddedText], Field(min_length=1, max_length=MAX_INPUTS), Tag("as_list")],
+    Discriminator(_shape),
+]
+
+
+class EmbeddingRequest(Harmless):
+    """POST /v1/embeddings. Token ids are what the model reads, its [CLS] and [SEP] among them."""
+
+    model: str | None = Field(None, description="a name from /v1/models; the model that makes embeddings when absent")
+    input: EmbeddingInput
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian float32")
+    dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS), WHOLE] | None = Field(
+        None, description="only the first so many numbers, scaled to length 1"
+    )
+    truncate: bool | None = Field(None, description="cut the end of an input that is too long, and report it")
 
 
 class TokenizeRequest(Strict):

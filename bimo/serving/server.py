@@ -12,8 +12,9 @@ import errno
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING, Union
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -22,20 +23,25 @@ from bimo.backends.base import Backend
 from bimo.errors import UsageError
 from bimo.serving.service import Service
 
+if TYPE_CHECKING:
+    from bimo.backends.embedding import Embedder
+
 __all__ = ["bracketed", "open_socket", "run"]
+
+Factory = Callable[[], Union[Backend, "Embedder"]]
 
 
 def run(
     app: ASGIApp,
     service: Service,
-    backend_factory: Callable[[], Backend],
+    factories: Sequence[Factory],
     listener: socket.socket,
     *,
     on_listen: Callable[[], None],
     on_ready: Callable[[], None],
     grace: float,
 ) -> int:
-    """Run `app` on `listener` until a signal, loading the backend meanwhile; see `app.serve`."""
+    """Run `app` on `listener` until a signal, loading the models meanwhile; see `app.serve`."""
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -47,7 +53,7 @@ def run(
         timeout_graceful_shutdown=int(grace) + 5,
     )
     server = Server(config, service, grace)
-    loader = _Loader(backend_factory, service, server, on_ready)
+    loader = _Loader(factories, service, server, on_ready)
     with server.handling_signals():
         try:
             loader.start()
@@ -148,40 +154,40 @@ class Server(uvicorn.Server):
 
 
 class _Loader(threading.Thread):
-    """Makes the backend while the server already listens. A daemon: a Ctrl-C does not wait for a download."""
+    """Makes the models while the server already listens. A daemon: a Ctrl-C does not wait for a download."""
 
     def __init__(
-        self, factory: Callable[[], Backend], service: Service, server: Server, on_ready: Callable[[], None]
+        self, factories: Sequence[Factory], service: Service, server: Server, on_ready: Callable[[], None]
     ) -> None:
         super().__init__(name="bimo-load", daemon=True)
         self.failure: BaseException | None = None
-        self._factory = factory
+        self._factories = factories
         self._service = service
         self._server = server
         self._on_ready = on_ready
-        self._backend: Backend | None = None
+        self._models: list[Backend | Embedder] = []
         self._released = False
         self._lock = threading.Lock()
 
     def run(self) -> None:
         try:
-            backend = self._factory()
-            with self._lock:
-                if not self._released:
-                    self._backend = backend
-                    self._service.attach(backend)
-            if self._backend is None:
-                backend.close()
-            else:
-                self._on_ready()
+            for factory in self._factories:
+                model = factory()
+                with self._lock:
+                    if kept := not self._released:
+                        self._models.append(model)
+                if not kept:
+                    model.close()
+                    return
+            self._service.attach(*self._models)
+            self._on_ready()
         except BaseException as error:  # told by serve(), in the main thread
             self.failure = error
             self._server.should_exit = True
 
     def release(self) -> None:
-        """Close the backend now, or as soon as it is made."""
+        """Close the models now, or as soon as they are made."""
         with self._lock:
             self._released = True
-            backend = self._backend
-        if backend is not None:
-            backend.close()
+        for model in self._models:
+            model.close()

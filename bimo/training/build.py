@@ -2,6 +2,7 @@
 
 config = model_config(recipe.model, tokenizer)
 model = build_model(config, seed=0)
+encoder = with_classes(load_encoder(directory), ("ham", "spam"), seed=0)
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 from bimo.errors import UsageError
 from bimo.models.config import DecoderConfig, EncoderConfig, LSTMConfig, ModelConfig, Seq2SeqConfig
 from bimo.models.empty import MODELS
+from bimo.models.encoder import Encoder
 from bimo.models.initial import init_weights
 from bimo.recipe import ModelRecipe, ObjectiveRecipe
 from bimo.tokenizer.load import Tokenizer
 from bimo.tokenizer.train import PAD
 
-__all__ = ["build_model", "decoder_config", "model_config"]
+__all__ = ["build_model", "decoder_config", "model_config", "with_classes"]
 
 
 def build_model(config: ModelConfig, seed: int) -> Any:
@@ -25,6 +27,26 @@ def build_model(config: ModelConfig, seed: int) -> Any:
     model: Any = MODELS[type(config)](config)
     init_weights(model, seed)
     return model
+
+
+def with_classes(model: Encoder, labels: tuple[str, ...], seed: int) -> Encoder:
+    """An encoder with a copy of `model`'s weights and a new head for these classes, and a new pooler if it has none.
+    Heads for words and sentences are left behind. A head for the very same classes stays, so that learning can go on.
+    """
+    config = replace(
+        model.config,
+        labels=labels,
+        pooler=True,
+        masked_head=False,
+        next_sentence_head=False,
+        problem_type="single_label_classification",
+    )
+    weight = model.embed_tokens.weight
+    found: Encoder = build_model(config, seed).to(weight.device, weight.dtype)
+    is_new = labels != model.config.labels
+    names = {name for name, _ in found.named_parameters() if not (is_new and name.startswith("classifier."))}
+    found.load_state_dict({name: value for name, value in model.state_dict().items() if name in names}, strict=False)
+    return found.train(model.training)
 
 
 def model_config(recipe: ModelRecipe, objective: ObjectiveRecipe, tokenizer: Tokenizer) -> ModelConfig:

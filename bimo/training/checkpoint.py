@@ -4,6 +4,9 @@
         optimizer/*.safetensors  optimisers' tensors, averaged weights, each process's state of the random numbers
         training.json            step, the loader's place, what the run knows of itself
 
+Of a model with an adapter both are the adapter's directory: what is frozen is in the base, and neither written nor read
+again.
+
 A checkpoint appears by one rename, with a record of its files' hashes: a process killed at any moment leaves whole ones
 only, and one that was torn by the disk is noticed and the one before it is used.
 
@@ -27,9 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bimo.adapters.base import Adapter
+from bimo.adapters.kinds import adapter_of
 from bimo.errors import BimoError, CorruptModelError, DataError
 from bimo.formats.huggingface import load_weights, read_json, read_model_config, save_directory
 from bimo.formats.integrity import check_record, write_record
+from bimo.formats.peft import is_adapter, read_adapter, write_adapter
 from bimo.training.distributed import from_main, shard_like, whole
 from bimo.training.loop import TrainingState
 
@@ -40,11 +46,12 @@ FILE_BYTES = 512 * 1024**2  # of one file in optimizer/, over all processes: the
 
 
 def save_model(state: TrainingState, folder: Path, *, source: Path, lineage: dict[str, Any]) -> None:
-    """Write the model as it stands (its averaged weights, where there are any) as a model directory.
+    """Write the model as it stands (its averaged weights, where there are any) as a model directory, or its adapter as
+    an adapter's.
 
     source: directory with the tokenizer. All processes call it, the first one writes.
     """
-    _write_model(state, folder, state.ema, source, lineage)
+    _write_model(state, folder, state.ema, source, lineage, final=True)
 
 
 def save_checkpoint(state: TrainingState, folder: Path, *, source: Path, about: dict[str, Any]) -> Path:
@@ -63,6 +70,7 @@ def save_checkpoint(state: TrainingState, folder: Path, *, source: Path, about: 
             "average_loss": state.average_loss,
             "loader": {"length": state.loader.length, **state.loader.state()},
             "optimizers": _kinds(state),
+            "adapter": _adapter_recipe(state),
             "about": about,
         }
         (partial / "training.json").write_text(json.dumps(training, indent=1), encoding="utf-8")
@@ -72,7 +80,7 @@ def save_checkpoint(state: TrainingState, folder: Path, *, source: Path, about: 
 
     try:
         from_main(state.ranks, lambda: shutil.rmtree(partial, ignore_errors=True))
-        _write_model(state, partial, {}, source, {"step": state.step})
+        _write_model(state, partial, {}, source, {"step": state.step}, final=False)
         _write_tensors(state, partial / "optimizer")
         from_main(state.ranks, finish)
     except (OSError, BimoError) as error:
@@ -114,20 +122,19 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
     All processes call it, as many as there are now. A loader of another length (the curriculum's next stage) starts
     afresh. Raises DataError when it is of another model or of other optimisers.
     """
-    config = read_model_config(path)
-    if config != state.model.config:
+    training = read_json(path / "training.json")
+    if not _is_of(path, training, state):
         raise DataError(
             f"checkpoint {path} is of another model than the recipe describes: go back to that recipe, or give the run "
             f"another name"
         )
-    training = read_json(path / "training.json")
     if training.get("optimizers") != (mine := _kinds(state)):
         raise DataError(
             f"checkpoint {path} is of another optimizer than the recipe's ({training.get('optimizers')}, not {mine}): "
             f"go back to it, or give the run another name"
         )
     with torch.no_grad():
-        for name, tensor in load_weights(path, config):
+        for name, tensor in _read_weights(path, state.model):
             weight = state.model.get_parameter(name)
             weight.copy_(shard_like(tensor, weight))
     _read_tensors(state, path / "optimizer")
@@ -141,17 +148,53 @@ def _kinds(state: TrainingState) -> list[str]:
     return [type(optimizer).__name__ for optimizer in state.optimizers]
 
 
+def _adapter_recipe(state: TrainingState) -> dict[str, Any] | None:
+    adapter = adapter_of(state.model)
+    return None if adapter is None else adapter.recipe.model_dump(mode="json")
+
+
+def _is_of(path: Path, training: dict[str, Any], state: TrainingState) -> bool:
+    """Whether the checkpoint is of this model: of its config, or of its adapter and base."""
+    adapter = adapter_of(state.model)
+    if adapter is None:
+        return not is_adapter(path) and read_model_config(path) == state.model.config
+    if not is_adapter(path) or training.get("adapter") != _adapter_recipe(state):
+        return False
+    file = read_adapter(path)
+    return file.base == adapter.base and file.labels == getattr(state.model.config, "labels", ())
+
+
+def _read_weights(path: Path, model: Any) -> Iterator[tuple[str, Tensor]]:
+    adapter = adapter_of(model)
+    if adapter is None:
+        yield from load_weights(path, model.config)
+    else:
+        _, tensors = read_adapter(path).read(model.config)
+        yield from adapter.from_file(tensors).items()
+
+
 # --- weights: whole, one at a time --------------------------------------------------------------------------------
 
 
 def _write_model(
-    state: TrainingState, folder: Path, instead: dict[str, Tensor], source: Path, lineage: dict[str, Any]
+    state: TrainingState,
+    folder: Path,
+    instead: dict[str, Tensor],
+    source: Path,
+    lineage: dict[str, Any],
+    *,
+    final: bool,
 ) -> None:
-    """A model directory of the weights, some of them replaced. An error of the first process is raised in all."""
-    weights = _one_by_one({**dict(state.model.named_parameters()), **instead})
+    """A directory of the weights, some of them replaced. An error of the first process is raised in all. final: of an
+    adapter, without what only a training that goes on needs."""
+    adapter = adapter_of(state.model)
+    changing = dict(state.model.named_parameters()) if adapter is None else adapter.trained
+    weights = _one_by_one({**changing, **instead})
     trouble: Exception | None = None
     try:
-        if state.ranks.is_main:
+        if state.ranks.is_main and adapter is not None:
+            _write_adapter(adapter, folder, dict(weights), source, lineage, final)
+        elif state.ranks.is_main:
             save_directory(folder, state.model.config, weights, source=source, lineage=lineage)
     except (OSError, BimoError) as error:
         trouble = error
@@ -165,6 +208,14 @@ def _write_model(
     from_main(state.ranks, outcome)
 
 
+def _write_adapter(
+    adapter: Adapter, folder: Path, weights: dict[str, Tensor], source: Path, lineage: dict[str, Any], final: bool
+) -> None:
+    tensors = adapter.to_file(weights, final=final)
+    config = adapter.model.config
+    write_adapter(folder, config, adapter.recipe, tensors, base=adapter.base, source=source, lineage=lineage)
+
+
 def _one_by_one(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
         yield name, whole(tensor).detach().cpu()
@@ -174,10 +225,12 @@ def _one_by_one(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _write_tensors(state: TrainingState, folder: Path) -> None:
-    """`{parameter}.{name}` of the optimisers, `ema.{parameter}`, `random.{rank}`."""
+    """`{parameter}.{name}` of the optimisers, `ema.{parameter}`, `adapter.{name}` of its state, `random.{rank}`."""
     import torch.distributed.checkpoint as dcp
 
     tensors = {f"ema.{name}": value for name, value in state.ema.items()}
+    if (adapter := adapter_of(state.model)) is not None:
+        tensors |= {f"adapter.{name}": value for name, value in adapter.state().items()}
     names = {weight: name for name, weight in state.model.named_parameters()}
     for optimizer in state.optimizers:
         for weight, values in optimizer.state.items():
@@ -202,6 +255,7 @@ def _read_tensors(state: TrainingState, folder: Path) -> None:
     tensors = {mine: torch.get_rng_state()} if mine in kept else {}  # else there was no such process
     weights = dict(state.model.named_parameters())
     average: dict[str, Tensor] = {}
+    of_adapter: dict[str, Tensor] = {}
     of_weight: dict[Tensor, dict[str, Tensor]] = {}
     for name in kept:
         first, _, rest = name.partition(".")
@@ -210,6 +264,8 @@ def _read_tensors(state: TrainingState, folder: Path) -> None:
         parameter, _, key = name.rpartition(".")
         if first == "ema":
             average[rest] = tensors[name] = _empty(kept[name], weights[rest])
+        elif first == "adapter":
+            of_adapter[rest] = tensors[name] = _empty(kept[name], None)
         else:
             tensors[name] = _empty(kept[name], weights[parameter])
             of_weight.setdefault(weights[parameter], {})[key] = tensors[name]
@@ -218,16 +274,18 @@ def _read_tensors(state: TrainingState, folder: Path) -> None:
     if mine in tensors:
         torch.set_rng_state(tensors[mine])
     state.ema = average
+    if (adapter := adapter_of(state.model)) is not None:
+        adapter.restore(of_adapter)
     for optimizer in state.optimizers:
         numbered = enumerate(weight for group in optimizer.param_groups for weight in group["params"])
         states = {number: of_weight[weight] for number, weight in numbered if weight in of_weight}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
 
-def _empty(kept: Any, weight: Tensor) -> Tensor:
+def _empty(kept: Any, weight: Tensor | None) -> Tensor:
     """To read into: what is shaped like its weight is divided like it, the rest are counts."""
     dtype = kept.properties.dtype
-    if kept.size == weight.shape:
+    if weight is not None and kept.size == weight.shape:
         return torch.empty_like(weight, dtype=dtype, requires_grad=False)
     return torch.empty(kept.size, dtype=dtype)
 

@@ -139,7 +139,7 @@ def tunable_model(
     model = with_heads(load_trainable(base.directory, config))
     model.to(device)
     if stage.adapter is not None:
-        from bimo.adapters.base import attach
+        from bimo.adapters.kinds import attach
 
         attach(model, stage.adapter, seed, base=base.reference, dtype=dtype_name(training.dtype, device))
     return model

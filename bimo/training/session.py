@@ -62,8 +62,8 @@ class Job:
 
     weights: of the training files, by their names; 1 if not given. what: all else that changes a step, JSON-ready.
     about: what bimo.json tells of it. length: tokens of a row; 0: what the model can read.
-    from_start: the model is evaluated before the first step, too. beside: validation texts that are told of, but do not
-        say which step was the best. robust: as in training.robust.
+    from_start: a model that exists is evaluated before the first step, too, and on examples drawn from all.
+    beside: validation texts that are told of, but do not say which step was the best. robust: as in training.robust.
     """
 
     name: str
@@ -280,8 +280,9 @@ class _Run:
     def _evaluate(self) -> Evaluation:
         state = self.state
         scores = validate(
-            state, self.objective, self.training, self.validation, self.sizes, self.context, self.make_loader
-        )
+            state, self.objective, self.training, self.validation, self.sizes, self.context, self.make_loader,
+            shuffle=self.job.from_start,
+        )  # fmt: skip
         self.evaluated_at = state.step
         total = sum((score for name, score in scores.items() if name not in self.job.beside), Score())
         better = total.nats_per_token < self.best

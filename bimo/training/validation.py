@@ -78,13 +78,18 @@ def validate(
     sizes: NDArray[np.int64],
     length: int,
     make_loader: MakeLoader,
+    *,
+    shuffle: bool = False,
 ) -> dict[str, Score]:
-    """Scores by the keys of `files`; the first `recipe.eval_tokens` tokens of each, in rows of `length`."""
+    """Scores by the keys of `files`; the first `recipe.eval_tokens` tokens of each, in rows of `length`.
+
+    shuffle: of as many rows drawn from all of it, always the same: the first examples of a file may be of one class.
+    """
     model, ranks, scores = state.model, state.ranks, {}
     model.eval()
     _swap(state)
     for name, file in files.items():
-        loader = make_loader([file], length=length, shuffle=False)
+        loader = make_loader([file], length=length, shuffle=shuffle)
         left = min(loader.num_rows[0], max(1, recipe.eval_tokens // loader.row_tokens))
         score = Score()
         while left > 0:

@@ -23,9 +23,11 @@ from bimo_kernels.fused import (  # noqa: E402
     GROUP,
     Arena,
     FusedModel,
+    LowRank,
     PackedMatrix,
     gemv_rate,
     instruction_sets,
+    low_rank,
     pack,
     parallel_regions,
     product,
@@ -36,12 +38,14 @@ __all__ = [
     "INTERFACE",
     "Arena",
     "FusedModel",
+    "LowRank",
     "PackedMatrix",
     "gemv_rate",
     "instruction_sets",
+    "low_rank",
     "pack",
     "parallel_regions",
     "product",
 ]
 
-INTERFACE = 10  # what bimo.runtime asks for; raised with every change of what is taken or given
+INTERFACE = 11  # what bimo.runtime asks for; raised with every change of what is taken or given

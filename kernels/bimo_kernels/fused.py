@@ -21,11 +21,14 @@ from bimo_kernels import _kernels
 __all__ = [
     "FORMATS",
     "GROUP",
+    "PARTS",
     "Arena",
     "FusedModel",
+    "LowRank",
     "PackedMatrix",
     "gemv_rate",
     "instruction_sets",
+    "low_rank",
     "pack",
     "parallel_regions",
     "product",
@@ -34,6 +37,7 @@ __all__ = [
 LANES = 16
 GROUP = 32  # columns that share a scale
 FORMATS = {"block8": 0, "block4": 1, "row8": 2}
+PARTS = ("qkv", "out", "up", "down")  # a layer's matrices
 _KEPT_ROWS = 64
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -100,6 +104,45 @@ def pack(format: str, codes: Array, scales: Array, minima: Array | None, arena: 
         packed = copy_of(fours.reshape(panels, LANES, -1).transpose(0, 2, 1))
         scales = _by_panel(scales, panels)
     return PackedMatrix(format, rows, columns, packed.reshape(-1).view(np.uint8), copy_of(scales))
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a matrix's results: y += B (A x)."""
+
+    down: PackedMatrix  # A
+    first: list[int]  # for each panel of B: the 16 columns it begins with
+    count: list[int]  # and how often 16 there are; the others are zero
+    up: Array  # of all panels: 16 scales in float32, then codes (count, 4, 16, 4)
+
+    def fields(self) -> tuple[Any, ...]:
+        return self.down.fields(), self.first, self.count, self.up.ctypes.data, self.up.nbytes
+
+
+def low_rank(down: PackedMatrix, up: Array, arena: Arena | None = None) -> LowRank:
+    """Lay out an adapter's part.
+
+    Args:
+        down: A, (r, columns), packed like the matrix it changes: "row8" if that is, else "block8".
+        up: B, (rows, r) float32, rows as the matrix has them; rounded to 8 bits, a scale a row. Every 16 columns that
+            are zero in all rows of a panel cost nothing: of parts of a matrix side by side each reads its own.
+    """
+    rows, rank = up.shape
+    assert rank == down.rows
+    up = np.pad(up, ((0, -rows % LANES), (0, -rank % LANES)))
+    scales = np.abs(up).max(axis=1).astype(np.float32) / 127
+    codes = (np.round(up / np.where(scales > 0, scales, 1)[:, None]) + 128).astype(np.uint8)
+    codes = codes.reshape(-1, LANES, up.shape[1] // LANES, 4, 4).transpose(
+        0, 2, 3, 1, 4
+    )  # (panels, sixteens, 4, 16, 4)
+    used = (codes != 128).any(axis=(2, 3, 4))
+    first = np.where(used.any(axis=1), used.argmax(axis=1), 0)
+    end = np.where(used.any(axis=1), used.shape[1] - used[:, ::-1].argmax(axis=1), 0)
+    numbers = []
+    for panel, own, a, b in zip(codes, scales.reshape(-1, LANES), first, end, strict=True):
+        numbers += [own.view(np.uint8), panel[a:b].reshape(-1)]
+    packed = (arena or Arena()).copy_of(np.concatenate(numbers))
+    return LowRank(down, first.tolist(), (end - first).tolist(), packed)
 
 
 def _by_panel(values: Array, panels: int) -> Array:
@@ -222,6 +265,13 @@ class FusedModel:
             self._floats(positions, count * self.hidden), count, self._floats(frequencies, self.head_dim // 2),
         )  # fmt: skip
 
+    def add_adapter(self, parts: dict[tuple[int, str], LowRank]) -> int:
+        """What one adapter changes: by layer and matrix (of PARTS). Returns its number, from 1 on, for `step`."""
+        self._kept.append(parts)
+        return self._fused.add_adapter(
+            [(layer, PARTS.index(part), *change.fields()) for (layer, part), change in parts.items()]
+        )
+
     def set_cache(self, keys: Array, values: Array, scales: tuple[Array, Array] | None, num_blocks: int) -> None:
         """Pools of (layers, K, num_blocks * 16, E) uint16 (bfloat16); or int8, with scales (layers, K, num_blocks * 16)
         float32."""
@@ -240,6 +290,7 @@ class FusedModel:
         spans: list[tuple[int, int, list[int]]],
         scored: list[int],
         *,
+        adapters: Sequence[int] = (),
         want_logits: bool = True,
         steps: int = 1,
         seconds: float = 0.0,
@@ -250,6 +301,7 @@ class FusedModel:
 
         want_logits: if not, (0, V): of 64 rows of 49,152 words they are 12 MB to be written.
         spans: (position of the first token, number of tokens, cache blocks) of each sequence.
+        adapters: the number of each sequence's adapter, 0: none; empty: nobody has one.
         steps: of single tokens, each sequence can go on with its likeliest word for so many steps at most, while
             `seconds` last, until one of them is in `ends` or `interrupt` is called. Then the words of all steps are
             returned, a step after the other; hidden states and logits are the last one's.
@@ -259,6 +311,7 @@ class FusedModel:
         best = self._fused.forward(
             token_ids,
             spans,
+            list(adapters),
             hidden.ctypes.data,
             scored,
             logits.ctypes.data if want_logits else 0,

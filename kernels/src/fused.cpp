@@ -119,6 +119,44 @@ class Fused {
         require(m_.embedding || m_.head.format != Format::BLOCK4, "a 4-bit head cannot be the embedding");
     }
 
+    // parts: (layer, which of its matrices, A, of B's panels the first 16 columns and how often 16, address and bytes of
+    // B). Returns the adapter's number.
+    int64_t add_adapter(const nb::list& parts) {
+        Adapter adapter;
+        adapter.parts.resize(m_.layers.size() * NUM_PARTS);
+        int64_t low_rank = m_.low_rank;
+        for (nb::handle item : parts) {
+            const nb::tuple t = nb::cast<nb::tuple>(item);
+            require(t.size() == 7, "an adapter's part has seven fields");
+            const int64_t number = nb::cast<int64_t>(t[0]), part = nb::cast<int64_t>(t[1]);
+            require(number >= 0 && number < int64_t(m_.layers.size()), "an adapter for a layer that is not there");
+            require(part >= 0 && part < NUM_PARTS, "a layer has four matrices");
+            const Layer& layer = m_.layers[number];
+            const Matrix& w = part == QKV ? layer.qkv : part == OUT ? layer.out : part == UP ? layer.up : layer.down;
+            LowRank& change = adapter.parts[number * NUM_PARTS + part];
+            change.down = matrix_of(nb::cast<nb::tuple>(t[2]));
+            require(change.down.columns == w.columns && !change.down.bias, "an A of another width than its matrix");
+            require(change.down.format == (w.format == Format::ROW8 ? Format::ROW8 : Format::BLOCK8),
+                    "an A of another format than its matrix");
+            const auto first = nb::cast<std::vector<int64_t>>(t[3]), count = nb::cast<std::vector<int64_t>>(t[4]);
+            require(int64_t(first.size()) == w.panels && first.size() == count.size(), "a B of other rows than its matrix");
+            change.up = reinterpret_cast<const uint8_t*>(nb::cast<uintptr_t>(t[5]));
+            int64_t line = 0;
+            for (size_t i = 0; i < first.size(); i++) {
+                require(first[i] >= 0 && count[i] >= 0 && first[i] + count[i] <= change.down.panels,
+                        "a B of more columns than A has rows");
+                change.panels.push_back({uint32_t(line), uint16_t(first[i]), uint16_t(count[i])});
+                line += LowRank::lines(count[i]);
+            }
+            require(nb::cast<int64_t>(t[6]) == line * 64, "a B of another size than its panels");
+            require(change.down.panels < 1 << 16 && line < int64_t(1) << 32, "an adapter of too many ranks");
+            low_rank = std::max(low_rank, change.down.panels);
+        }
+        m_.low_rank = low_rank;
+        m_.adapters.push_back(std::move(adapter));
+        return int64_t(m_.adapters.size());
+    }
+
     void set_cache(bool int8, uintptr_t keys, uintptr_t values, uintptr_t key_scales, uintptr_t value_scales,
                    int64_t num_blocks) {
         require(keys && values && num_blocks > 0 && (!int8 || (key_scales && value_scales)), "the cache is not whole");
@@ -127,12 +165,14 @@ class Fused {
         m_.key_scales = reinterpret_cast<float*>(key_scales), m_.value_scales = reinterpret_cast<float*>(value_scales);
     }
 
-    // spans: (start, count, [blocks]) of each sequence, in the order of their tokens; hidden: [T][D] floats. scored: the
+    // spans: (start, count, [blocks]) of each sequence, in the order of their tokens; adapters: the number of each
+    // sequence's, 0: none; or an empty list. hidden: [T][D] floats. scored: the
     // rows whose logits are wanted, [scored][V] floats (0: nobody wants them). Returns the likeliest word after each of them.
     //
     // steps > 1: one token a sequence, all scored, and each goes on with its likeliest word, until it is one of `ends`,
     // or `seconds` would have passed after one more step, or somebody interrupts. hidden and logits are the last step's.
-    std::vector<int64_t> forward(std::vector<int64_t> token_ids, const nb::list& spans, uintptr_t hidden,
+    std::vector<int64_t> forward(std::vector<int64_t> token_ids, const nb::list& spans,
+                                 const std::vector<int64_t>& adapters, uintptr_t hidden,
                                  const std::vector<int64_t>& scored, uintptr_t logits, int64_t steps, double seconds,
                                  const std::vector<int64_t>& ends) {
         require(m_.head.codes && m_.keys, "the model has no head or no cache yet");
@@ -165,6 +205,7 @@ class Fused {
             row += count;
         }
         require(row == step.num_tokens, "spans and tokens differ in number");
+        take_adapters(adapters, step);
         for (size_t i = 0; i < begins.size(); i++) step.spans[i].blocks = blocks.data() + begins[i];
         for (size_t i = 0; i < scored.size(); i++)
             require(scored[i] >= 0 && scored[i] < row && (steps == 1 || scored[i] == int64_t(i)),
@@ -200,6 +241,27 @@ class Fused {
     const char* isa() const { return kernels_->name; }
 
    private:
+    void take_adapters(const std::vector<int64_t>& adapters, Step& step) const {
+        require(adapters.empty() || adapters.size() == step.spans.size(), "spans and adapters differ in number");
+        for (int64_t adapter : adapters) {
+            require(adapter >= 0 && adapter <= int64_t(m_.adapters.size()), "an adapter that is not there");
+            if (adapter && std::find(step.used.begin(), step.used.end(), adapter) == step.used.end())
+                step.used.push_back(adapter);
+        }
+        constexpr int64_t MOST = sizeof(RowGroup::rows) / sizeof(int64_t);
+        size_t begin = 0;  // of the tile's groups
+        for (size_t i = 0; i < adapters.size(); i++)
+            for (int64_t row = step.spans[i].row; row < step.spans[i].row + step.spans[i].count && adapters[i]; row++) {
+                if (!step.groups.empty() && step.groups.back().tile != row / TILE) begin = step.groups.size();
+                size_t at = begin;
+                while (at < step.groups.size() &&
+                       (step.groups[at].adapter != adapters[i] || step.groups[at].count == MOST))
+                    at++;
+                if (at == step.groups.size()) step.groups.push_back({adapters[i], row / TILE, 0, {}});
+                step.groups[at].rows[step.groups[at].count++] = row % TILE;
+            }
+    }
+
     Model m_;
     const Kernels* kernels_;
     std::atomic<bool> interrupted_{false};
@@ -230,6 +292,7 @@ void bind_fused(nb::module_& m) {
         .def(nb::init<const std::string&, const nb::dict&>())
         .def("add_layer", &Fused::add_layer)
         .def("set_ends", &Fused::set_ends)
+        .def("add_adapter", &Fused::add_adapter)
         .def("set_cache", &Fused::set_cache)
         .def("forward", &Fused::forward)
         .def("interrupt", &Fused::interrupt)

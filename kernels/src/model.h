@@ -51,6 +51,25 @@ struct Layer {
     int64_t window = 0;  // 0: all tokens are seen
 };
 
+enum Part : int { QKV, OUT, UP, DOWN, NUM_PARTS };  // a layer's matrices
+
+// What an adapter adds to a matrix's results: y += B (A x).
+struct LowRank {
+    struct Panel {              // of B: where it begins in `up`, in lines of 64 bytes: 16 float scales, then codes
+        uint32_t line;          // [count][4][16][4] of every 16 columns from 16 `first` on; the others are zero
+        uint16_t first, count;  // small, for there are hundreds a layer, and each is one more thing to wait for
+    };
+    static int64_t lines(int64_t count) { return 1 + count * LANES * LANES / 64; }
+    Matrix down;                // A, its rows filled up to whole panels; ROW8 if the matrix is, else BLOCK8
+    std::vector<Panel> panels;  // as many as the matrix has; none: the adapter leaves it as it is
+    const uint8_t* up = nullptr;
+
+    const uint8_t* scales_of(const Panel& panel) const { return up + int64_t(panel.line) * 64; }
+};
+struct Adapter {
+    std::vector<LowRank> parts;  // [layer][NUM_PARTS]
+};
+
 enum class Activation : int { SILU, GELU, GELU_TANH, RELU };
 
 struct Model {
@@ -71,6 +90,8 @@ struct Model {
     char *keys = nullptr, *values = nullptr;
     float *key_scales = nullptr, *value_scales = nullptr;
     int64_t num_blocks = 0;
+    std::vector<Adapter> adapters;  // numbered from 1 on
+    int64_t low_rank = 0;           // panels of the largest A
 };
 
 struct Span {  // a sequence's tokens in a step
@@ -78,10 +99,16 @@ struct Span {  // a sequence's tokens in a step
     const int64_t* blocks;
 };
 
+struct RowGroup {  // rows of a tile that have the same adapter, counted from the tile's first
+    int64_t adapter, tile, count, rows[4];
+};
+
 struct Step {
     int64_t num_tokens = 0;
     const int64_t* token_ids = nullptr;
     std::vector<Span> spans;
+    std::vector<RowGroup> groups;  // rows that have an adapter, tile by tile; none: nobody has
+    std::vector<int64_t> used;     // the numbers of the adapters
     float* hidden = nullptr;      // out: [T][D], after the final norm
     std::vector<int64_t> scored;  // the rows whose logits are wanted
     float* logits = nullptr;      // out: [scored][V], or none

@@ -234,11 +234,14 @@ int64_t multiply_panel(const Matrix& w, int64_t panel, const Activations& x, int
 
 constexpr int64_t TILES = 8;  // tiles that a panel, once it is near, is multiplied by before the next one
 
-// `count` panels from `panel` on by up to TILES tiles from `tile` on -> out [tile][panel][TILE][16].
+// `count` panels from `panel` on by up to TILES tiles from `tile` on -> out [tile][panel][TILE][16]. before(panel) is called
+// where memory has time for something else.
+template <typename Before>
 INLINE void multiply_panels(const Matrix& w, int64_t panel, int64_t count, const Activations& x, int64_t tile,
-                            float* out) {
+                            float* out, Before&& before) {
     const int64_t end = std::min(tile + TILES, x.tiles()), apart = count * TILE * LANES;
-    for (int64_t p = 0; p < count; p++)
+    for (int64_t p = 0; p < count; p++) {
+        before(panel + p);
         for (int64_t t = tile; t < end;) {
             float* to = out + (t - tile) * apart + p * TILE * LANES;
             switch (w.format) {
@@ -247,6 +250,7 @@ INLINE void multiply_panels(const Matrix& w, int64_t panel, int64_t count, const
                 case Format::ROW8: t += multiply_panel<Format::ROW8>(w, panel + p, x, t, end, to, apart); break;
             }
         }
+    }
 }
 
 // Where a row's results of the `panel`th of `count` are in `out`.

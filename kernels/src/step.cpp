@@ -4,6 +4,7 @@
 // A layer, and where a phase ends (|):
 //   norm, quantise | q k v, rotate, store in the cache | attend | quantise | out, add | norm, quantise |
 //   gate and up, activate, quantise | down, add |
+// Before each product, where the step has rows of an adapter that changes it: its A x | (low_rank.h)
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -11,6 +12,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "low_rank.h"
 #include "product.h"
 #include "team.h"
 
@@ -30,6 +32,7 @@ struct Buffers {
     int32_t* query_starts;
     char* queries;
     char *normed, *heads, *inner;  // quantised
+    LowRow* low;                   // of adapters
     std::vector<Task> tasks;
 };
 
@@ -38,7 +41,7 @@ char* scratch(int which, int64_t bytes) {
     struct Byte {  // a type of this instruction set: so are the vector's own functions then
         char value;
     };
-    static thread_local std::vector<Byte> memory[10];
+    static thread_local std::vector<Byte> memory[11];
     if (int64_t(memory[which].size()) < bytes + 64) memory[which].resize(bytes + 64);
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory[which].data()) + 63) & ~uintptr_t(63));
 }
@@ -218,8 +221,8 @@ INLINE void put_cache(const Model& m, int64_t layer, int64_t head, bool is_key, 
 INLINE int64_t head_parts(const Model& m, int64_t tiles) {
     return 2 * m.kv_heads + m.heads * ((tiles + TILES - 1) / TILES);
 }
-INLINE void make_heads(const Model& m, int64_t number_of_layer, const Step& step, const Activations& normed, Buffers& b,
-                       int64_t first, int64_t end) {
+INLINE void make_heads(const Model& m, int64_t number_of_layer, const Step& step, const Activations& normed,
+                       const Changes& changes, Buffers& b, int64_t first, int64_t end) {
     const Layer& layer = m.layers[number_of_layer];
     const int64_t dim = m.head_dim, panels = dim / LANES;
     alignas(64) float out[256 * TILE * TILES], head[256];
@@ -233,7 +236,7 @@ INLINE void make_heads(const Model& m, int64_t number_of_layer, const Step& step
         const float* norm = is_query ? layer.q_norm : is_key ? layer.k_norm : nullptr;
         const Span* span = step.spans.data();
         for (int64_t row = begin; row < until; row++) {
-            if (row % (TILES * TILE) == 0) multiply_panels(layer.qkv, h * panels, panels, normed, row / TILE, out);
+            if (row % (TILES * TILE) == 0) changes.multiply(layer.qkv, h * panels, panels, normed, row / TILE, out);
             for (int64_t p = 0; p < panels; p++)
                 store(head + p * LANES, load<f32x16>(out + place_of(row, p, panels)));
             if (is_query || is_key) turn(m, norm, b.angles + row * dim, head);
@@ -283,11 +286,12 @@ INLINE void attend_task(const Model& m, int64_t layer, const Task& task, Buffers
 }
 
 // y += W x for some panels.
-INLINE void add_product(const Matrix& w, const Activations& x, float* y, int64_t columns, int64_t first, int64_t end) {
+INLINE void add_product(const Matrix& w, const Activations& x, const Changes& changes, float* y, int64_t columns,
+                        int64_t first, int64_t end) {
     alignas(64) float out[LANES * TILE * TILES];
     for (int64_t panel = first; panel < end; panel++) {
         for (int64_t row = 0; row < x.rows; row++) {
-            if (row % (TILES * TILE) == 0) multiply_panels(w, panel, 1, x, row / TILE, out);
+            if (row % (TILES * TILE) == 0) changes.multiply(w, panel, 1, x, row / TILE, out);
             float* at = y + row * columns + panel * LANES;
             store(at, load<f32x16>(at) + load<f32x16>(out + place_of(row, 0, 1)));
         }
@@ -296,14 +300,14 @@ INLINE void add_product(const Matrix& w, const Activations& x, float* y, int64_t
 
 // The MLP's inner values, made and quantised some columns at a time, so that they are never written as floats.
 template <int64_t COLUMNS>
-INLINE void make_inner(const Model& m, const Layer& layer, const Activations& normed, Activations& inner,
-                       int64_t first, int64_t end) {
+INLINE void make_inner(const Model& m, const Layer& layer, const Activations& normed, const Changes& changes,
+                       Activations& inner, int64_t first, int64_t end) {
     constexpr int64_t per_piece = COLUMNS / LANES;
     const int64_t panels = m.gated ? 2 * per_piece : per_piece;
     alignas(64) float out[LANES * TILE * TILES * 2 * per_piece];
     for (int64_t s = first; s < end; s++) {
         for (int64_t row = 0; row < inner.padded_rows(); row++) {
-            if (row % (TILES * TILE) == 0) multiply_panels(layer.up, s * panels, panels, normed, row / TILE, out);
+            if (row % (TILES * TILE) == 0) changes.multiply(layer.up, s * panels, panels, normed, row / TILE, out);
             f32x16 values[per_piece];
             for (int64_t p = 0; p < per_piece; p++) {
                 const float* at = out + place_of(row, m.gated ? 2 * p : p, panels);
@@ -386,7 +390,7 @@ INLINE void project(Worker& worker, const Matrix& w, const float* x, const int64
         for (int64_t panel = first; panel < end; panel++) {
             const int64_t column = panel * LANES, left = std::min(LANES, w.rows - column);
             for (int64_t row = 0; row < rows; row++) {
-                if (row % (TILES * TILE) == 0) multiply_panels(w, panel, 1, quantised, row / TILE, out);
+                if (row % (TILES * TILE) == 0) multiply_panels(w, panel, 1, quantised, row / TILE, out, [](int64_t) {});
                 float* scores = out + place_of(row, 0, 1);
                 if (left < LANES) {
                     if (y) std::memcpy(y + row * w.rows + column, scores, left * sizeof(float));
@@ -425,11 +429,18 @@ void forward(const Model& m, const Step& step) {
     b.normed = scratch(5, hidden_bytes);
     b.heads = scratch(6, heads_bytes);
     b.inner = scratch(7, inner_bytes);
+    b.low = reinterpret_cast<LowRow*>(scratch(10, step.used.empty() ? 0 : rows * m.low_rank * sizeof(LowRow)));
     Rank* best = reinterpret_cast<Rank*>(scratch(9, scored * sizeof(Rank)));
     for (int64_t i = 0; i < scored; i++) new (best + i) Rank(rank(-INFINITY, 0));
     list_tasks(m, step, omp_get_max_threads(), b);
     as_a_team(rows, [&](Worker& worker) {
         const int64_t tiles = (rows + TILE - 1) / TILE;
+        const auto changes_of = [&](int64_t layer, Part part, const Activations& x) {
+            const Changes changes(m, step, layer, part, b.low);
+            if (const int64_t pieces = changes.pieces(x))
+                worker.run(pieces, [&](int64_t first, int64_t end) { changes.make(x, first, end); });
+            return changes;
+        };
         worker.run(rows, [&](int64_t first, int64_t end) { look_up(m, step, b, first, end); });
         for (int64_t l = 0; l < int64_t(m.layers.size()); l++) {
             const Layer& layer = m.layers[l];
@@ -437,8 +448,9 @@ void forward(const Model& m, const Step& step) {
             worker.run(tiles, [&](int64_t first, int64_t end) {
                 quantise_rows(m, &layer.attention_norm, b.x, m.hidden, normed, first, end);
             });
+            const Changes to_qkv = changes_of(l, QKV, normed);
             worker.run(head_parts(m, tiles),
-                       [&](int64_t first, int64_t end) { make_heads(m, l, step, normed, b, first, end); });
+                       [&](int64_t first, int64_t end) { make_heads(m, l, step, normed, to_qkv, b, first, end); });
             worker.run(int64_t(b.tasks.size()), [&](int64_t first, int64_t end) {
                 for (int64_t t = first; t < end; t++) {
                     if (t + 1 < int64_t(b.tasks.size())) ask_for(m, l, b.tasks[t + 1]);
@@ -451,21 +463,24 @@ void forward(const Model& m, const Step& step) {
             worker.run(tiles, [&](int64_t first, int64_t end) {
                 quantise_rows(m, nullptr, b.attended, width, heads, first, end);
             });
+            const Changes to_out = changes_of(l, OUT, heads);
             worker.run(layer.out.panels, [&](int64_t first, int64_t end) {
-                add_product(layer.out, heads, b.x, m.hidden, first, end);
+                add_product(layer.out, heads, to_out, b.x, m.hidden, first, end);
             });
             Activations normed_again(b.normed, rows, layer.up), inner(b.inner, rows, layer.down, true);
             worker.run(tiles, [&](int64_t first, int64_t end) {
                 quantise_rows(m, &layer.mlp_norm, b.x, m.hidden, normed_again, first, end);
             });
+            const Changes to_up = changes_of(l, UP, normed_again);
             worker.run(inner.sections(), [&](int64_t first, int64_t end) {
                 if (inner.transformed)
-                    make_inner<HADAMARD>(m, layer, normed_again, inner, first, end);
+                    make_inner<HADAMARD>(m, layer, normed_again, to_up, inner, first, end);
                 else
-                    make_inner<GROUP>(m, layer, normed_again, inner, first, end);
+                    make_inner<GROUP>(m, layer, normed_again, to_up, inner, first, end);
             });
+            const Changes to_down = changes_of(l, DOWN, inner);
             worker.run(layer.down.panels, [&](int64_t first, int64_t end) {
-                add_product(layer.down, inner, b.x, m.hidden, first, end);
+                add_product(layer.down, inner, to_down, b.x, m.hidden, first, end);
             });
         }
         worker.run(rows, [&](int64_t first, int64_t end) {

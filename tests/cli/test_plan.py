@@ -237,6 +237,7 @@ def test_a_recipe_too_large_is_refused(
         (["没有.toml"], "cannot be read"),
         (["--serve", "gpt2", "--hours", "2"], "hours has no effect"),
         (["--serve", "hf:Qwen/Qwen3-0.6B"], "a plan fetches nothing"),
+        (["--serve", "minilm"], "minilm makes embeddings"),
     ],
 )
 def test_wrong_wishes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,7 @@ def test_alpaca_with_input_history_and_system() -> None:
     row = {
         "instruction": "Translate",
         "input": "笔",
-        "output": "brush",
+        "output": "pen",
         "system": "Be short.",
         "history": [["墨", "ink"]],
     }

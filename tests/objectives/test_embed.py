@@ -20,7 +20,11 @@ from bimo.models.encoder import Encoder
 from bimo.objectives.embed import embedding_loss, embedding_objective
 from bimo.recipe import EmbeddingRecipe
 from bimo.tokenizer.load import Tokenizer
+from bimo.training.loop import TrainingState, train
+from bimo.training.optim import make_optimizers
+from bimo.training.validation import validate
 from tests.encoders import TEXTS, make_encoder
+from tests.training.tiny import make_recipe
 
 DOCUMENTS = [
     Document(text, f"{language}/{n}", language, title=text[: len(text) // 3])
@@ -197,6 +201,18 @@ def test_it_learns_both_languages(model: Encoder, loader: EmbeddingPairLoader) -
         loss(model.train(), loader.next_batch(8)).total.backward()
         optimizer.step()
     assert before < 0.7 and recall() == 1.0
+
+
+def test_the_loop_and_validation_take_such_batches(model: Encoder, loader: EmbeddingPairLoader) -> None:
+    """Parts of 4, 4 and 2 pairs a step; the score counts pairs and has no bits per byte."""
+    recipe = make_recipe(steps=3, batch_tokens=10 * loader.row_tokens, micro_batch=4, learning_rate=1e-3).training
+    loss, make_loader = embedding_objective(EmbeddingRecipe())
+    state = TrainingState(model, make_optimizers(model, recipe), loader)
+    steps = list(train(state, loss, recipe))
+    assert [step.step for step in steps] == [1, 2, 3] and all(math.isfinite(step.loss) for step in steps)
+    sizes = np.zeros(400, np.int64)
+    score = validate(state, loss, recipe, {"both": loader.files[0]}, sizes, 64, make_loader)["both"]
+    assert score.num_tokens == 10 and score.num_bytes == 0 and set(score.figures) == {"in_batch_recall"}
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.core.failures import Failure
 
+from bimo.backends.embedding import Embedder
 from bimo.backends.local import LocalBackend
 from bimo.serving.app import create_app
+from tests.encoders import make_encoder
 
 # A schema cannot say that a text must fit the context, that top_logprobs needs logprobs, or which JSON schemas the
 # grammar compiler knows; a well-formed request may be refused for these reasons, and for no others.
@@ -34,10 +36,14 @@ schema.config.checks.negative_data_rejection.expected_statuses.append("413")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_context(tiny_model_dir: Path) -> Iterator[None]:
-    """A model that soon has no room left, since most requests say nothing about max_tokens."""
-    with LocalBackend.load(str(tiny_model_dir), dtype="float32", context_length=32, kv_cache_tokens=4096) as backend:
-        app.state.service.attach(backend)
+def short_context(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A model that soon has no room left, since most requests say nothing about max_tokens; and an encoder."""
+    encoder = make_encoder(tmp_path_factory.mktemp("encoder") / "encoder")
+    with (
+        LocalBackend.load(str(tiny_model_dir), dtype="float32", context_length=32, kv_cache_tokens=4096) as backend,
+        Embedder.load(str(encoder)) as embedder,
+    ):
+        app.state.service.attach(backend, embedder)
         yield
 
 
