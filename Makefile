@@ -50,7 +50,7 @@ sanitize: $(VENV)/.installed-test ## build the kernels with address and undefine
 	  --config-settings=cmake.define.BIMO_SANITIZE=ON --config-settings=build-dir=build/sanitize ./kernels
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/sanitized $(BIN)/python -m pytest -p no:xdist --timeout 1800 tests/engine/test_fused.py tests/engine/test_kernels.py \
-	  tests/engine/test_multistep.py tests/models/test_fused_training.py
+	  tests/engine/test_multistep.py tests/engine/test_adapters.py tests/models/test_fused_training.py
 
 docs: $(VENV)/.installed ## write the generated pages of docs/
 	$(BIN)/python docs/generate_cli.py

@@ -1,8 +1,8 @@
 // What adapters add to a matrix's results, y += B (A x) (LoRA, arXiv:2106.09685), each row its own adapter's.
 //
 //   A x    a phase of its own before the big product, from the same quantised activations: A has the matrix's format
-//   B u    where the big product's results are still at hand, with u = A x rounded to 8 bits as well: products of bytes
-//          take a quarter of the time of products of bfloat16, and B is half as long to read
+//   B u    where the big product's results are still at hand, with u = A x rounded to 8 bits as well: with B and u in
+//          bfloat16 adapters took half as long again
 //
 // The rows of a tile that have the same adapter are computed together, up to four, so that A and B are read once for them.
 #pragma once
@@ -124,7 +124,7 @@ class Changes {  // to the results of one matrix, by all adapters of a step
     }
 
     // Ask for a panel's B, and for a share of the next matrix's A's: the product that comes first takes longer than
-    // memory's answer. Without, waiting is half of what adapters cost.
+    // memory's answer. A tenth of what adapters cost is saved.
     INLINE void ask_for(int64_t panel, int64_t panels) const {
         if (!panels_ && !next_bytes_) return;
         int64_t begin = next_bytes_ * panel / panels, end = next_bytes_ * (panel + 1) / panels;
