@@ -21,7 +21,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAIRS = [("README.md", "README.zh.md")] + [
     (f"docs/en/{name}.md", f"docs/zh/{name}.md")
-    for name in ("cluster", "finetuning", "index", "kinds", "models", "python", "recipes", "server", "speed", "training")
+    for name in (
+        *("cluster", "finetuning", "index", "kinds", "models"),
+        *("python", "recipes", "server", "speed", "training"),
+    )
 ]
 TORCHRUN = {
     *("--nnodes", "--nproc-per-node", "--standalone", "--shutdown-timeout"),

@@ -54,6 +54,10 @@ def run(
     if executor not in EXECUTORS:
         raise UsageError(f"--executor is one of {', '.join(EXECUTORS)}, not {executor!r}", "executor")
     loaded = load_recipe(recipe, overrides or [])
+    if not loaded.data.sources:
+        raise UsageError(
+            f"{recipe} has only stages, which begin with a model that exists: bimo train {recipe}", "recipe"
+        )
     wordpiece = loaded.tokenizer.kind == "wordpiece"
     if until in ("training", "report") and wordpiece != (loaded.model.kind == "encoder"):
         fits = "wordpiece" if loaded.model.kind == "encoder" else "bpe or unigram"
@@ -71,10 +75,14 @@ def run(
     result: dict[str, Any] = {"run": str(folder), "manifest": str(folder / "data" / "manifest.html"), **trained}
     if until == "report":
         result |= _report(loaded, folder)
+        if loaded.stage:
+            from bimo.cli.train import run_stages
+
+            result["stages"] = run_stages(loaded, folder, workers=workers)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
-    scores = result.pop("scores", {})
+    scores, stages = result.pop("scores", {}), result.pop("stages", [])
     for key, value in result.items():
         if not isinstance(value, dict):
             typer.echo(f"{key:10} {value}")
@@ -88,6 +96,11 @@ def run(
         typer.echo(f"held-out pairs, {name}: BLEU {figures['bleu']:.1f}, chrF {figures['chrf']:.1f}")
     if until in ("training", "report") and (hint := NEXT.get(loaded.model.kind)):
         typer.echo(f"{hint} {result['model']}")
+    if stages:
+        from bimo.cli.train import show_stage
+
+        for stage in stages:
+            show_stage(stage)
 
 
 def _prepare(recipe: Recipe, folder: Path, until: Stage, workers: int | None, executor: str) -> Texts | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +15,8 @@ from bimo.cli.options import Out, Overrides, RecipeArgument
 
 if TYPE_CHECKING:
     from bimo.recipe import Recipe, StageRecipe
-    from bimo.runtime import Ranks
-    from bimo.training.session import Evaluation
 
-__all__ = ["run_stages", "train", "train_stage"]
+__all__ = ["run_stages", "show_stage", "train", "train_stage"]
 
 
 def train(
@@ -42,14 +40,14 @@ def train(
         raise UsageError(f"{recipe} has no [[stage]]: `bimo run {recipe}` trains what it describes", "recipe")
     if stage is not None and stage not in names:
         raise UsageError(f"{recipe} has no stage {stage}, there are {', '.join(names)}", "stage")
-    results = run_stages(
-        loaded, run_folder(loaded, out), only=stage, workers=workers, report=report, ranks=ranks_of_process()
-    )
+    if ranks_of_process().world_size > 1:
+        raise UsageError("stages are trained by one process so far: start bimo train without torchrun", "recipe")
+    results = run_stages(loaded, run_folder(loaded, out), only=stage, workers=workers, report=report)
     if as_json:
         typer.echo(json.dumps({"stages": results}, ensure_ascii=False))
         return
     for result in results:
-        _show(result)
+        show_stage(result)
 
 
 def run_stages(
@@ -59,23 +57,19 @@ def run_stages(
     only: str | None = None,
     workers: int | None = None,
     report: bool = True,
-    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """All stages in order, or the one that is named; what came of each."""
     from bimo.recipe import save_recipe
-    from bimo.runtime import Ranks
 
-    ranks = ranks or Ranks()
     results = []
     for stage in recipe.stage:
         if only in (None, stage.name):
-            results.append(train_stage(recipe, stage, folder, workers=workers, ranks=ranks))
-            if report and ranks.is_main:
+            results.append(train_stage(recipe, stage, folder, workers=workers))
+            if report:
                 from bimo.cli.tuning_report import write_stage_report
 
                 results[-1] |= write_stage_report(recipe, stage, folder)
-    if ranks.is_main:
-        save_recipe(recipe, folder / "recipe.toml")
+    save_recipe(recipe, folder / "recipe.toml")
     return results
 
 
@@ -85,23 +79,17 @@ def train_stage(
     folder: Path,
     *,
     workers: int | None = None,
-    ranks: Ranks | None = None,
-    watch: Callable[[Evaluation], bool] | None = None,
 ) -> dict[str, Any]:
-    """One stage; nothing to do when its model is there and was made by this recipe from these examples.
-
-    watch: told of every evaluation; True from it ends the training there.
-    """
+    """One stage; nothing to do when its model is there and was made by this recipe from these examples."""
     from bimo.cli.run import _display, _interruptible, _tell
     from bimo.cli.terminal import progress_display
     from bimo.cli.tuning import open_stage_base, prepare_stage, stage_folder, stage_texts
     from bimo.runtime import Ranks
-    from bimo.training.distributed import anywhere, training_device
+    from bimo.training.distributed import training_device
     from bimo.training.finetune import check_stage, stage_job, tunable_model
-    from bimo.training.session import Evaluation, finished, train_run
+    from bimo.training.session import finished, train_run
 
-    ranks = ranks or Ranks()
-    place = stage_folder(folder, stage)
+    ranks, place = Ranks(), stage_folder(folder, stage)
     place.mkdir(parents=True, exist_ok=True)
     with progress_display() as progress:
         base = open_stage_base(recipe, stage, folder, progress)
@@ -117,25 +105,25 @@ def train_stage(
         whole = sum(weight.numel() for weight in model.parameters())
         _tell(f"{base.reference}: {sum(sizes) / 1e6:.2f}M of {whole / 1e6:.1f}M parameters are trained, "
               f"{job.training.steps} steps of {job.training.batch_tokens} tokens")  # fmt: skip
+        job = replace(job, about={**job.about, "trained": sum(sizes), "parameters": whole})
         events = train_run(job, place, model, kind.loss, texts, _tell, ranks, kind.make_loader)
-        display = _display(job.training.steps) if ranks.is_main else contextlib.nullcontext(lambda event: None)
-        with display as show, _interruptible(ranks) as interrupted, contextlib.closing(events):
+        with _display(job.training.steps) as show, _interruptible(ranks) as interrupted, contextlib.closing(events):
             for event in events:
                 show(event)
-                if watch is not None and isinstance(event, Evaluation) and watch(event):
-                    break
-                if anywhere(ranks, interrupted()):
+                if interrupted():
                     events.close()  # writes a checkpoint
                     _tell(f"stopped after step {event.step}: the same command goes on from there")
                     raise KeyboardInterrupt
         lineage = finished(job, place, texts) or {}
-    return {"stage": stage.name, "model": str(place / "model"), "scores": lineage.get("scores", {})}
+    return {"stage": stage.name, "kind": kind.name, "model": str(place / "model"), "scores": lineage.get("scores", {})}
 
 
-def _show(result: dict[str, Any]) -> None:
+def show_stage(result: dict[str, Any]) -> None:
     typer.echo(f"model      {result['model']}")
     if report := result.get("report"):
         typer.echo(f"report     {report}")
     for name, line in result.get("lines", {}).items():
         typer.echo(f"{name:10} {line}")
-    typer.echo(f"talk to it: bimo chat {result['model']}")
+    if result.get("kind") in ("answers", "pairs"):
+        command = "chat" if result["kind"] == "answers" else "generate"
+        typer.echo(f"use it: bimo {command} {result['model']}")

@@ -97,11 +97,11 @@ class EmbeddingPairLoader(PairLoader):
             middle = int(file.ends[2 * row])
             queries.append(file.tokens[start:middle])
             passages.append(file.tokens[middle:end])
-        return EmbeddingBatch(*_padded(queries), *_padded(passages), tuple(origins))
+        return EmbeddingBatch(*_padded(queries, self.length), *_padded(passages, self.length), tuple(origins))
 
 
-def _padded(rows: Sequence[NDArray[Any]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    ids = pad_rows(rows, 0)
+def _padded(rows: Sequence[NDArray[Any]], most: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    ids = pad_rows(rows, 0)[:, : max(most, *map(len, rows))]  # not past what the encoder reads
     return ids, np.arange(ids.shape[1]) < np.array([len(row) for row in rows])[:, None]
 
 

@@ -93,6 +93,8 @@ def objective_kind(stage: StageRecipe, config: ModelConfig) -> str:
 def row_length(stage: StageRecipe, config: ModelConfig) -> int:
     """Tokens of a row. Raises UsageError for more than the base can read."""
     most = config.max_positions
+    if stage.adapter is not None and stage.adapter.kind == "prefix":
+        most -= stage.adapter.tokens  # they take places, too
     if stage.length > most:
         raise UsageError(f"length {stage.length} is more than the base reads, {most} tokens: lower it", "length")
     return stage.length or min(USUAL_LENGTH, most)
@@ -109,6 +111,14 @@ def check_stage(stage: StageRecipe, config: ModelConfig) -> None:
         raise UsageError(
             f"penalty is for answers that a decoder writes, {config.family} is none: leave it out", "penalty"
         )
+    if stage.r_drop and kind == "embeddings":
+        raise UsageError("r_drop compares scores of words or classes, embeddings have none: leave it out", "r_drop")
+    if stage.pseudo_labels is not None:
+        raise UsageError("pseudo_labels are not part of a stage yet: label the texts with bimo.data.labels.pseudo_labels "
+                         "and name them as a task", "pseudo_labels")  # fmt: skip
+    if kind != "answers" and stage.replay.source is not None:
+        raise UsageError(f"replay is for decoders that write answers, {config.family} is trained on {kind}: leave "
+                         f"replay.source out", "replay")  # fmt: skip
     dropout: float = getattr(config, "dropout", 0.0) if stage.dropout < 0 else stage.dropout
     if stage.r_drop and not dropout:
         raise UsageError(
