@@ -114,7 +114,7 @@ def check_stage(stage: StageRecipe, config: ModelConfig) -> None:
     if stage.r_drop and kind == "embeddings":
         raise UsageError("r_drop compares scores of words or classes, embeddings have none: leave it out", "r_drop")
     if stage.pseudo_labels is not None:
-        raise UsageError("pseudo_labels are not part of a stage yet: label the texts with bimo.data.labels.pseudo_labels "
+        raise UsageError("pseudo_labels are not part of a stage yet: label texts by bimo.data.labels.pseudo_labels, "
                          "and name them as a task", "pseudo_labels")  # fmt: skip
     if kind != "answers" and stage.replay.source is not None:
         raise UsageError(f"replay is for decoders that write answers, {config.family} is trained on {kind}: leave "
