@@ -44,9 +44,9 @@ def rehearse(model: Model, *, samples: int, max_tokens: int, seed: int, progress
             dialogues: Sequence[tuple[Message, ...]] = [()] * count
         else:
             asked = _all(model.generate(start, n=count, max_tokens=MOST_QUESTION, stop=("\n",), **settings))
-            dialogues = list(_answered(model, [text.strip() for text in asked], max_tokens))
+            dialogues = list(_answered(model, [text.strip() for text in asked if text.strip()], max_tokens))
             texts = ["\n".join(message.content for message in dialogue) for dialogue in dialogues]
-        for number, (text, messages) in enumerate(zip(texts, dialogues, strict=False)):
+        for number, (text, messages) in enumerate(zip(texts, dialogues, strict=True)):
             if text.strip() and text not in seen and "\ufffd" not in text:
                 seen.add(text)
                 yield Document(text, f"{NAME}/{done + number}", NAME, messages=messages)
@@ -62,12 +62,10 @@ def _answered(model: Model, questions: Sequence[str], max_tokens: int) -> Iterat
         tasks = [
             model.achat([{"role": "user", "content": question}], max_tokens=max_tokens, temperature=0)
             for question in questions
-            if question
         ]
         return await asyncio.gather(*tasks)
 
-    kept = [question for question in questions if question]
-    for question, answer in zip(kept, asyncio.run(ask()), strict=True):
+    for question, answer in zip(questions, asyncio.run(ask()), strict=True):
         if answer.text.strip() and answer.finish_reason == "stop":
             yield Message("user", question), Message("assistant", answer.text.strip())
 

@@ -86,8 +86,16 @@ def _pairs(stage: StageRecipe, base: Base, train: Documents, validation: Documen
     assert isinstance(base.config, Seq2SeqConfig)
 
     def encode(documents: Iterable[Document], most: int, refuse: Refuse) -> Encoded:
-        for document in documents:  # one by one, so that who is refused has a name
-            yield from encode_pairs([document], base.tokenizer, max_tokens=most, refuse=partial(refuse, document.id))
+        current = ""
+
+        def named() -> Iterator[Document]:
+            nonlocal current
+            for document in documents:
+                current = document.id
+                yield document
+
+        # pairs are read one by one, so whoever is refused was read last
+        return encode_pairs(named(), base.tokenizer, max_tokens=most, refuse=lambda reason: refuse(current, reason))
 
     loader = partial(PairLoader, start_id=base.config.decoder_start_token_id)
     return StageKind("pairs", encode, with_r_drop(seq2seq_loss, stage.r_drop), loader)
