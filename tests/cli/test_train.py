@@ -174,3 +174,13 @@ def test_stages_need_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     file.write_text('name = "r"\n', encoding="utf-8")
     assert main(["train", str(file)]) == 2
     assert "there is nothing to do" in capsys.readouterr().err
+
+
+def test_an_adapter_learns_and_answers(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--set", "stage.0.adapter.kind=lora", "--set", "stage.0.training.learning_rate=0.02"]
+    result = run(recipe, capsys, *options, "--set", "report.pairs=1", "--set", "report.max_tokens=4")
+    loss = result["figures"]["loss"]
+    assert all(loss[name]["after"] < 0.9 * loss[name]["before"] for name in ("sums", "words"))
+    folder = Path(result["model"])
+    assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
+    assert main(["generate", str(folder), "--prompt", "一", "--max-tokens", "3"]) == 0
