@@ -68,7 +68,7 @@ def run_bimo(kind: str, folder: Path, batch: int, dtype: str) -> dict[str, Any]:
     config = read_model_config(directory)
     model = load_trainable(directory, config)
     if kind == "lora":
-        from bimo.adapters.base import attach
+        from bimo.adapters.kinds import attach
 
         attach(model, AdapterRecipe(rank=RANK, alpha=ALPHA), 0, base="base", dtype=dtype)
     files = {

@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "lazy_memory",
     "load_kernels",
     "measure_read_bandwidth",
+    "peak_memory",
     "ranks",
     "return_free_memory",
     "seed_all",
@@ -154,6 +156,15 @@ def available_memory() -> int | None:
     except OSError:
         pass
     return None
+
+
+def peak_memory() -> float | None:
+    """MB that this process took at most so far; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def tame_openmp() -> None:

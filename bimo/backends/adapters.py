@@ -32,6 +32,7 @@ __all__ = [
     "adapted_weights",
     "attach_adapter",
     "find_model",
+    "is_mergeable",
     "read_changes",
     "unmerged",
     "warn_of_templates",
@@ -133,6 +134,13 @@ def attach_adapter(model: nn.Module, folder: Path, dtype: torch.dtype, *, merge:
     if merge:
         adapter.merge()
     model.to(dtype).requires_grad_(False)
+
+
+def is_mergeable(folder: Path) -> bool:
+    """Whether an adapter is a change of its base's matrices."""
+    from bimo.formats.peft import read_adapter
+
+    return read_adapter(folder).kind in ("lora", "adalora")
 
 
 def unmerged(folder: Path | None, reference: str) -> str | None:

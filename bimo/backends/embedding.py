@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bimo.backends.adapters import attach_adapter, find_model, is_mergeable
 from bimo.backends.base import EmbedderInfo
 from bimo.data.embedding_pairs import cut_text, text_encoder
 from bimo.data.pairs import COLUMNS, pad_rows
 from bimo.errors import ContextLengthError, CorruptModelError, EngineError, UnsupportedModelError, UsageError
-from bimo.formats.hub import resolve
 from bimo.formats.huggingface import load_encoder, read_json, read_model_config
 from bimo.models.config import EncoderConfig
 from bimo.runtime import cpu_info, dtype_name, return_free_memory
@@ -97,7 +97,8 @@ class Embedder:
         if context_length is not None and context_length < 3:
             raise UsageError(f"context_length must hold [CLS], a token and [SEP], not {context_length}",
                              "context_length")  # fmt: skip
-        directory = resolve(reference, progress=progress)
+        found = find_model(reference, progress=progress)
+        directory, adapter = found.directory, found.adapter
         config = read_model_config(directory)
         if not isinstance(config, EncoderConfig):
             raise UnsupportedModelError(
@@ -105,7 +106,7 @@ class Embedder:
                 "minilm"
             )
         pooling, trained_length = _read_sentence_settings(directory)
-        tokenizer = Tokenizer.from_directory(directory)
+        tokenizer = Tokenizer.from_directory(found.tokenizer)
         if tokenizer.vocab_size > config.vocab_size:
             raise CorruptModelError(
                 f"{directory} has a tokenizer of {tokenizer.vocab_size} words and a model of {config.vocab_size}: they "
@@ -116,9 +117,12 @@ class Embedder:
         from bimo.engine.packing import pack_linear_layers
 
         model = load_encoder(directory, getattr(torch, number_type)).to(device).requires_grad_(False)
+        if adapter is not None:
+            attach_adapter(model, adapter, getattr(torch, number_type), merge=(mergeable := is_mergeable(adapter)))
         model.pooler = model.masked_head = model.next_sentence_head = model.classifier = None  # not asked here
         num_parameters = sum(weight.numel() for weight in model.parameters())
-        pack_linear_layers(model)
+        if adapter is None or mergeable:
+            pack_linear_layers(model)
         return_free_memory()
         limits = [config.max_positions, *(limit for limit in (trained_length, context_length) if limit)]
         info = EmbedderInfo(

@@ -1,4 +1,5 @@
-"""`bimo eval`: how well a model predicts texts (perplexity, bits per byte), or translates pairs (BLEU, chrF)."""
+"""`bimo eval`: how well a model predicts texts (perplexity, bits per byte), translates pairs (BLEU, chrF), or, as an
+encoder, finds the target of each pair among all (recall, MRR, nDCG)."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def evaluate(
     kv_cache_dtype: options.KvCacheDtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure how well a model predicts texts (perplexity, bits per byte) or translates pairs (BLEU, chrF)."""
+    """Measure how well a model predicts texts (perplexity, bits per byte), translates pairs (BLEU, chrF), or, as an
+    encoder, finds the target of each pair among all (recall, MRR, nDCG)."""
     from bimo.errors import UsageError
 
     if bool(text) == bool(pairs):
@@ -78,7 +80,13 @@ def evaluate(
         other = "--text" if pairs else "--pairs"
         raise UsageError(f"--{name.replace('_', '-')} has an effect with {other} only: leave it out", name)
     precision = options.given(dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype)
-    if pairs:
+    if pairs and _is_encoder(model):
+        for name in {**translating, **precision}.keys() - {"limit"}:
+            raise UsageError(
+                f"{model} is an encoder, which looks for the targets: leave --{name.replace('_', '-')} out", name
+            )
+        _search(model, pairs, limit, as_json)
+    elif pairs:
         _translate(model, pairs, translating, precision, as_json)
     else:
         _predict(model, text or [], reading, precision, as_json)
@@ -130,6 +138,37 @@ def _translate(model: str, pairs: Path, settings: dict[str, Any], precision: dic
         typer.echo(
             f"note: {translate.num_too_long} sources did not fit into the context and count as not translated", err=True
         )
+
+
+def _is_encoder(model: str) -> bool:
+    from bimo.backends.adapters import find_model
+    from bimo.cli.terminal import progress_display
+    from bimo.formats.huggingface import read_model_config
+    from bimo.models.config import EncoderConfig
+
+    with progress_display() as progress:
+        return isinstance(read_model_config(find_model(model, progress=progress).directory), EncoderConfig)
+
+
+def _search(model: str, pairs: Path, limit: int | None, as_json: bool) -> None:
+    """Recall, reciprocal rank and nDCG: each source looks for its target among all of them."""
+    from bimo.backends.embedding import Embedder
+    from bimo.evaluation.pairs import read_pairs
+    from bimo.evaluation.retrieval import Bm25, dense, evaluate_retrieval
+
+    held_out = read_pairs(pairs, limit=limit)
+    with Embedder.load(model) as embedder:
+        table = evaluate_retrieval({"bm25": Bm25, model: dense(embedder)}, held_out)
+    if as_json:
+        scores = [
+            {"name": score.name, "language": score.language, "queries": score.num_queries,
+             **{name: interval._asdict() for name, interval in score.metrics.items()}}
+            for score in table.scores
+        ]  # fmt: skip
+        typer.echo(json.dumps({"model": model, "passages": table.num_passages, "scores": scores}, ensure_ascii=False))
+        return
+    for line in table.lines():
+        typer.echo(line)
 
 
 def _table_as_dict(table: TranslationTable) -> dict[str, Any]:

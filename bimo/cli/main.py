@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from bimo.cli import bench, chat, convert, data, doctor, generate, models, plan, serve, tokenizer
+from bimo.cli.compare import compare
 from bimo.cli.eval import evaluate
 from bimo.cli.run import run
 from bimo.cli.train import train
@@ -43,6 +44,7 @@ app.command("eval")(evaluate)
 app.command()(run)
 app.command()(train)
 app.command()(tune)
+app.command()(compare)
 app.command()(plan.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")

@@ -7,32 +7,26 @@ trains on several processes. The first one does the rest, prints and writes; the
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from bimo.cli.data import Executor, Workers
+from bimo.cli.follow import by_figure, follow, listed, note
 from bimo.cli.options import Out, Overrides, RecipeArgument
 
 if TYPE_CHECKING:
     from bimo.recipe import Recipe
     from bimo.runtime import Ranks
-    from bimo.training.loop import StepInfo
-    from bimo.training.session import Evaluation, Texts
+    from bimo.training.session import Texts
 
 __all__ = ["run"]
 
 Stage = Literal["data", "tokenizer", "training", "report"]
 NEXT = {"decoder": "talk to it: bimo chat", "lstm": "go on with it: bimo generate", "seq2seq": "use it: bimo generate"}
-EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 def run(
@@ -86,12 +80,12 @@ def run(
     for key, value in result.items():
         if not isinstance(value, dict):
             typer.echo(f"{key:10} {value}")
-    for name, shown in _by_figure(scores).items():
+    for name, shown in by_figure(scores).items():
         typer.echo(f"{name.replace('_', ' ')} of validation text: {shown}")
     if unigrams := result.get("unigram_accuracy"):
-        typer.echo(f"the most frequent word, always: {_listed(unigrams)}")
+        typer.echo(f"the most frequent word, always: {listed(unigrams)}")
     if ngrams := result.get("ngram_bits_per_byte"):
-        typer.echo(f"bits per byte of an n-gram model: {_listed(ngrams)}")
+        typer.echo(f"bits per byte of an n-gram model: {listed(ngrams)}")
     for name, figures in result.get("translation", {}).items():
         typer.echo(f"held-out pairs, {name}: BLEU {figures['bleu']:.1f}, chrF {figures['chrf']:.1f}")
     if until in ("training", "report") and (hint := NEXT.get(loaded.model.kind)):
@@ -143,10 +137,10 @@ def _train(recipe: Recipe, folder: Path, texts: Texts, ranks: Ranks) -> dict[str
     from bimo.objectives.kinds import make_objective
     from bimo.recipe import save_recipe
     from bimo.training.build import build_model, model_config
-    from bimo.training.distributed import anywhere, from_main, training_device
+    from bimo.training.distributed import from_main, training_device
     from bimo.training.session import Job, finished, train_run
 
-    tell: Callable[[str], None] = _tell if ranks.is_main else lambda text: None
+    tell: Callable[[str], None] = note if ranks.is_main else lambda text: None
     job = Job.of(recipe)
     lineage = from_main(ranks, lambda: finished(job, folder, texts))
     if lineage is None:
@@ -159,93 +153,11 @@ def _train(recipe: Recipe, folder: Path, texts: Texts, ranks: Ranks) -> dict[str
              f"{recipe.training.steps} steps of {recipe.training.batch_tokens} tokens"
              + (f", {ranks.world_size} processes" if ranks.world_size > 1 else ""))  # fmt: skip
         events = train_run(job, folder, model, objective, texts, tell, ranks, make_loader)
-        display = _display(recipe.training.steps) if ranks.is_main else contextlib.nullcontext(lambda event: None)
-        with display as show, _interruptible(ranks) as interrupted, contextlib.closing(events):
-            for event in events:
-                show(event)
-                if anywhere(ranks, interrupted()):
-                    events.close()  # writes a checkpoint
-                    tell(f"stopped after step {event.step}: the same command goes on from there")
-                    raise KeyboardInterrupt
+        follow(events, recipe.training.steps, ranks)
         lineage = from_main(ranks, lambda: finished(job, folder, texts)) or {}
     if ranks.is_main:
         save_recipe(recipe, folder / "recipe.toml")
     return {"model": str(folder / "model"), "scores": lineage.get("scores", {})}
-
-
-def _by_figure(scores: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """{"bits_per_byte": "zh 2.069, en 1.667"} of figures by language."""
-    names = dict.fromkeys(name for figures in scores.values() for name in figures)
-    return {
-        name: _listed({language: figures[name] for language, figures in scores.items() if name in figures})
-        for name in names
-    }
-
-
-def _listed(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-
-
-def _tell(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-@contextmanager
-def _interruptible(ranks: Ranks) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM (Slurm, Kubernetes) are noted, so that the step in hand can end well. A second one ends at
-    once; not under torchrun, which hands on a Ctrl-C that the terminal has sent already."""
-    pressed = False
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal pressed
-        pressed = True
-        if ranks.world_size == 1:
-            signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: pressed
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _display(steps: int) -> Iterator[Any]:
-    """A bar on a terminal, a line every ten seconds elsewhere; a line for every evaluation."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from bimo.training.session import Evaluation
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    bar = Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
-    task, told = bar.add_task("", total=steps), time.monotonic()
-    average: float | None = None
-
-    def show(event: StepInfo | Evaluation) -> None:
-        nonlocal told, average
-        if isinstance(event, Evaluation):
-            figures = _by_figure({name: score.figures for name, score in event.scores.items()})
-            shown = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
-            console.print(f"step {event.step}: validation {shown}{'  (best)' if event.best else ''}")
-            return
-        average = event.loss if average is None else 0.95 * average + 0.05 * event.loss
-        words = f"loss {average:.3f}  {event.num_tokens / event.seconds:,.0f} tokens/s"
-        bar.update(task, completed=event.step, description=words)
-        if bar.disable and time.monotonic() - told > EVERY:
-            told = time.monotonic()
-            console.print(f"step {event.step} of {steps}: {words}")
-
-    with bar:
-        yield show
 
 
 def _report(recipe: Recipe, folder: Path) -> dict[str, Any]:

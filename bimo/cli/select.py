@@ -45,7 +45,6 @@ def select(
     from bimo.data.selection import METHODS, rank
     from bimo.errors import DataError, UsageError
     from bimo.evaluation.classification import Classifier
-    from bimo.formats.hub import resolve
 
     if method not in METHODS:
         raise UsageError(f"--method is one of {', '.join(METHODS)}, not {method!r}", "method")
@@ -58,7 +57,7 @@ def select(
             for place in without or []
             for document in Collection(place, text=text, progress=progress).documents()
         }
-        classifier = Classifier(resolve(model, progress=progress))
+        classifier = Classifier(model, progress=progress)
         numbers = classifier.labels.of(task)
         seen = _Distinct(known)
         progress(f"reading {texts}", 0, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,9 @@ from bimo.cli.data import Workers
 from bimo.cli.options import Out, Overrides, RecipeArgument
 
 if TYPE_CHECKING:
+    from bimo.cli.tuning import StageData
     from bimo.recipe import Recipe, StageRecipe
+    from bimo.training.session import Texts
 
 __all__ = ["run_stages", "show_stage", "train", "train_stage"]
 
@@ -68,7 +69,7 @@ def run_stages(
             if report:
                 from bimo.cli.tuning_report import write_stage_report
 
-                results[-1] |= write_stage_report(recipe, stage, folder)
+                results[-1] |= write_stage_report(recipe, stage, folder, results[-1]["kind"])
     save_recipe(recipe, folder / "recipe.toml")
     return results
 
@@ -81,41 +82,66 @@ def train_stage(
     workers: int | None = None,
 ) -> dict[str, Any]:
     """One stage; nothing to do when its model is there and was made by this recipe from these examples."""
-    from bimo.cli.run import _display, _interruptible, _tell
+    from bimo.cli.follow import note
+    from bimo.cli.pseudo import add_pseudo_labels
     from bimo.cli.terminal import progress_display
-    from bimo.cli.tuning import open_stage_base, prepare_stage, stage_folder, stage_texts
-    from bimo.runtime import Ranks
-    from bimo.training.distributed import training_device
-    from bimo.training.finetune import check_stage, stage_job, tunable_model
-    from bimo.training.session import finished, train_run
+    from bimo.cli.tuning import StageData, open_stage_base, prepare_stage, stage_folder, stage_texts
+    from bimo.training.finetune import check_stage
+    from bimo.training.session import read_metrics
 
-    ranks, place = Ranks(), stage_folder(folder, stage)
+    place = stage_folder(folder, stage)
     place.mkdir(parents=True, exist_ok=True)
     with progress_display() as progress:
         base = open_stage_base(recipe, stage, folder, progress)
         check_stage(stage, base.config)
         prepared = prepare_stage(stage, place, workers=workers, progress=progress)
-        texts, kind = stage_texts(recipe, stage, place, base, prepared, progress, _tell)
+        data = StageData(recipe, stage, place, base, prepared, progress)
+        texts = stage_texts(data, note)
+    labelled = []
+    for number in range(stage.pseudo_labels.rounds if stage.pseudo_labels else 0):
+        teacher = place / f"teacher-{number}"
+        _fit(recipe, stage, teacher, data, texts)
+        with progress_display() as progress:
+            texts, tally = add_pseudo_labels(data, texts, teacher / "model", number, progress)
+        note(f"round {number + 1}: {tally['about']}")
+        labelled.append(tally)
+    lineage, peak = _fit(recipe, stage, place, data, texts)
+    return {
+        "stage": stage.name,
+        "kind": data.kind.name,
+        "model": str(place / "model"),
+        "scores": lineage.get("scores", {}),
+        "trained": lineage.get("trained"),
+        "seconds": sum(row.get("seconds", 0) for row in read_metrics(place / "metrics.jsonl")),
+        "peak_memory": peak,  # MB of this process, where it has trained
+        **({"pseudo_labels": labelled} if labelled else {}),
+    }
+
+
+def _fit(
+    recipe: Recipe, stage: StageRecipe, place: Path, data: StageData, texts: Texts
+) -> tuple[dict[str, Any], float | None]:
+    """Train place/model, if it is not there: its bimo.json, and the memory it took at most where it was trained."""
+    from bimo.cli.follow import follow, note
+    from bimo.runtime import Ranks, peak_memory
+    from bimo.training.distributed import training_device
+    from bimo.training.finetune import stage_job, tunable_model
+    from bimo.training.session import finished, train_run
+
+    base, kind, ranks = data.base, data.kind, Ranks()
     job = stage_job(recipe, stage, base, texts, kind.make_loader)
-    lineage = finished(job, place, texts)
-    if lineage is None:
-        device = training_device(ranks)
-        model = tunable_model(base, stage, kind.with_heads, seed=recipe.seed, training=job.training, device=str(device))
-        sizes = [weight.numel() for weight in model.parameters() if weight.requires_grad]
-        whole = sum(weight.numel() for weight in model.parameters())
-        _tell(f"{base.reference}: {sum(sizes) / 1e6:.2f}M of {whole / 1e6:.1f}M parameters are trained, "
-              f"{job.training.steps} steps of {job.training.batch_tokens} tokens")  # fmt: skip
-        job = replace(job, about={**job.about, "trained": sum(sizes), "parameters": whole})
-        events = train_run(job, place, model, kind.loss, texts, _tell, ranks, kind.make_loader)
-        with _display(job.training.steps) as show, _interruptible(ranks) as interrupted, contextlib.closing(events):
-            for event in events:
-                show(event)
-                if interrupted():
-                    events.close()  # writes a checkpoint
-                    _tell(f"stopped after step {event.step}: the same command goes on from there")
-                    raise KeyboardInterrupt
-        lineage = finished(job, place, texts) or {}
-    return {"stage": stage.name, "kind": kind.name, "model": str(place / "model"), "scores": lineage.get("scores", {})}
+    if (lineage := finished(job, place, texts)) is not None:
+        return lineage, None
+    device = training_device(ranks)
+    model = tunable_model(base, stage, kind.with_heads, seed=recipe.seed, training=job.training, device=str(device))
+    sizes = [weight.numel() for weight in model.parameters() if weight.requires_grad]
+    whole = sum(weight.numel() for weight in model.parameters())
+    note(f"{base.reference}: {sum(sizes) / 1e6:.2f}M of {whole / 1e6:.1f}M parameters are trained, "
+         f"{job.training.steps} steps of {job.training.batch_tokens} tokens")  # fmt: skip
+    job = replace(job, about={**job.about, "trained": sum(sizes), "parameters": whole})
+    events = train_run(job, place, model, kind.loss, texts, note, ranks, kind.make_loader)
+    follow(events, job.training.steps, ranks)
+    return finished(job, place, texts) or {}, peak_memory()
 
 
 def show_stage(result: dict[str, Any]) -> None:

@@ -120,7 +120,7 @@ class Trials:
         return Job.of(recipe), model, objective, texts, make_loader
 
     def _of_stage(self, recipe: Recipe, folder: Path, progress: Progress) -> tuple[Any, ...]:
-        from bimo.cli.tuning import open_stage_base, prepare_stage, stage_folder, stage_texts
+        from bimo.cli.tuning import StageData, open_stage_base, prepare_stage, stage_folder, stage_texts
         from bimo.training.distributed import training_device
         from bimo.training.finetune import check_stage, stage_job, tunable_model
 
@@ -131,7 +131,8 @@ class Trials:
         base = open_stage_base(recipe, stage, self.folder, progress)
         check_stage(stage, base.config)
         prepared = prepare_stage(stage, place, workers=None, progress=progress)
-        texts, kind = stage_texts(recipe, stage, place, base, prepared, progress, self.tell)
+        data = StageData(recipe, stage, place, base, prepared, progress)
+        texts, kind = stage_texts(data, self.tell), data.kind
         job = stage_job(recipe, stage, base, texts, kind.make_loader)
 
         def model() -> Any:
@@ -171,6 +172,9 @@ def searched_stage(recipe: Recipe) -> int | None:
         there = ", ".join(f"stage.{number}" for number in range(len(recipe.stage)))
         raise UsageError(f"search.space names stage.{missing[0]}, and the recipe has {there or 'no [[stage]]'}",
                          "search")  # fmt: skip
+    if recipe.stage[int(min(numbers))].pseudo_labels is not None:
+        raise UsageError("a search trains each trial once, pseudo_labels train several times: leave them out, and add "
+                         "them to the best recipe", "search")  # fmt: skip
     if common or len(numbers) > 1:
         other = common[0] if common else f"stage.{max(numbers)}"
         raise UsageError(f"a search is about one training, and search.space names stage.{min(numbers)} and {other}: "

@@ -50,7 +50,7 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Search for the best settings: train a recipe many times, as its [search] says, and compare on validation text."""
-    from bimo.cli.run import _interruptible, _tell
+    from bimo.cli.follow import interruptible, note
     from bimo.cli.stages import run_folder
     from bimo.cli.terminal import progress_display
     from bimo.cli.trials import Trials, searched_stage
@@ -64,10 +64,10 @@ def tune(
     searched_stage(loaded)
     order = _Order(recipe, tuple(wishes), run_folder(loaded, out), storage)
     search = order.open()
-    for note in search.notes:
-        _tell(f"warning: {note}")
-    with _interruptible(Ranks()) as interrupted:
-        runner = Trials(search, interrupted=interrupted, tell=_tell)
+    for text in search.notes:
+        note(f"warning: {text}")
+    with interruptible(Ranks()) as interrupted:
+        runner = Trials(search, interrupted=interrupted, tell=note)
         if search.waiting():
             with progress_display() as progress:
                 runner.prepare(progress)
@@ -87,7 +87,7 @@ def tune(
                 show()
         except KeyboardInterrupt:
             done = sum(trial.state not in ("waiting", "running") for trial in search.trials())
-            _tell(f"stopped, {done} of {search.num_trials} trials are done: the same command goes on from there")
+            note(f"stopped, {done} of {search.num_trials} trials are done: the same command goes on from there")
             raise
     result = _result(order, search)
     if search.best is None:
@@ -166,11 +166,11 @@ def _share_out(
 
 def _work(order: _Order, number: int, workers: int, errors: Any) -> None:
     """A process of several: takes trials until there are none, or until who started it is gone."""
-    from bimo.cli.run import _interruptible, _tell
+    from bimo.cli.follow import interruptible, note
     from bimo.runtime import Ranks, cpu_threads
 
     parent = multiprocessing.parent_process()
-    with _interruptible(Ranks()) as pressed:
+    with interruptible(Ranks()) as pressed:
         try:
             import torch
 
@@ -180,7 +180,7 @@ def _work(order: _Order, number: int, workers: int, errors: Any) -> None:
             ranks = Ranks(local_rank=number % max(1, torch.cuda.device_count()))
             search = order.open()
             alive: Callable[[], bool] = parent.is_alive if parent else lambda: True
-            search.work(Trials(search, interrupted=lambda: pressed() or not alive(), tell=_tell, ranks=ranks))
+            search.work(Trials(search, interrupted=lambda: pressed() or not alive(), tell=note, ranks=ranks))
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from bimo.data.shards import TokenFile
     from bimo.training.finetune import Base
     from bimo.training.session import Texts
-    from bimo.training.stage_kinds import StageKind
 
 __all__ = ["StageData", "open_stage_base", "prepare_stage", "stage_folder", "stage_texts", "task_documents"]
 
@@ -108,10 +107,11 @@ class StageData:
         from bimo.training.finetune import row_length
         from bimo.training.stage_kinds import stage_kind
 
-        self.stage, self.folder, self.base, self.prepared, self.progress = stage, folder, base, prepared, progress
+        self.recipe, self.stage, self.folder, self.base = recipe, stage, folder, base
+        self.prepared, self.progress = prepared, progress
         self.length = row_length(stage, base.config)
         self.kind = stage_kind(
-            stage, base, partial(self._all, "train"), partial(self._all, "validation"), seed=recipe.seed
+            stage, base, partial(self.documents, "train"), partial(self.documents, "validation"), seed=recipe.seed
         )
         self.refused: list[tuple[str, str]] = []
         self.augmented: dict[str, Any] = {}  # of the tasks that were, how many copies of each kind
@@ -121,30 +121,36 @@ class StageData:
         wishes = (self.length, stage.too_long, self.kind.mark, augmented and recipe.seed, augmented)
         self.mark = fingerprint(tokenizer, base.tokenizer.chat_template, prepared.manifest["mark"], wishes, *lists)
 
-    def _all(self, split: str) -> Iterator[Document]:
+    def documents(self, split: str) -> Iterator[Document]:
+        """All tasks' examples, as they are written by people."""
         for task in self.stage.task:
             yield from task_documents(self.prepared, split, task)
 
-    def write(self, name: str, documents: Callable[[], Iterable[Document]], mark: str = "") -> TokenFile:
-        """The token folder of that name, of `documents`, which are read only if it is not there yet."""
+    def write(
+        self, name: str, documents: Callable[[], Iterable[Document]], mark: str = "", *, chosen: bool = True
+    ) -> TokenFile:
+        """The token folder of that name, of `documents`, which are read only if it is not there yet.
+
+        chosen: by people, who want to know what does not fit; of other text it is left out.
+        """
         from bimo.data.shards import TokenFile, write_tokens
 
         place, mark = self.folder / "tokens" / name, f"{self.mark} {mark}"
         if TokenFile.is_whole(place, mark):
             return TokenFile.open(place)
-        before = len(self.refused)
+        refused: list[tuple[str, str]] = []
 
         def counted() -> Iterator[Document]:
             for number, document in enumerate(documents()):
                 self.progress(f"tokenising {name}", number, 0)
                 yield document
 
-        encoded = self.kind.encode(
-            counted(), self.length, lambda document, reason: self.refused.append((document, reason))
-        )
+        encoded = self.kind.encode(counted(), self.length, lambda document, reason: refused.append((document, reason)))
         file = write_tokens(place, encoded, vocab_size=self.base.tokenizer.vocab_size, mark=mark)
-        if len(self.refused) > before and self.stage.too_long == "stop":
-            place.joinpath("about.json").unlink()  # made again when the recipe says otherwise
+        if chosen and refused:
+            self.refused += refused
+            if self.stage.too_long == "stop":
+                place.joinpath("about.json").unlink()  # made again when the recipe says otherwise
         return file
 
     def check_refused(self, tell: Callable[[str], None]) -> None:
@@ -160,50 +166,40 @@ class StageData:
         tell(f"{len(self.refused)} examples are left out: {listed}{more}")
 
 
-def stage_texts(
-    recipe: Recipe,
-    stage: StageRecipe,
-    folder: Path,
-    base: Base,
-    prepared: Prepared,
-    progress: Progress,
-    tell: Callable[[str], None],
-) -> tuple[Texts, StageKind]:
-    """Training files by task, validation files by task, replay and what shows forgetting; and what they are for."""
+def stage_texts(data: StageData, tell: Callable[[str], None]) -> Texts:
+    """Training files by task, validation files by task, replay and what shows forgetting."""
     from bimo.training.finetune import GENERAL
     from bimo.training.replay import NAME as REPLAY
     from bimo.training.session import Texts
 
-    data = StageData(recipe, stage, folder, base, prepared, progress)
+    stage, prepared = data.stage, data.prepared
     train, validation = {}, {}
     for task in stage.task:
-        train[task.name] = data.write(f"train-{task.name}", partial(_augmented, task, prepared, recipe, data))
+        train[task.name] = data.write(f"train-{task.name}", partial(_augmented, task, data))
         file = data.write(f"validation-{task.name}", partial(task_documents, prepared, "validation", task))
         if len(file.tokens):
             validation[task.name] = file
     if stage.replay.share and data.kind.can_replay:
-        remembered, held_out, mark = _replay(recipe, stage, folder, base, progress)
-        data.stage = stage.model_copy(update={"too_long": "skip"})  # of text that nobody chose
-        kept, data.refused = data.refused, []
-        train[REPLAY] = data.write(f"train-{REPLAY}", remembered, mark)
-        general = data.write(f"validation-{GENERAL}", held_out, mark)
-        data.stage, data.refused = stage, kept
+        remembered, held_out, mark = _replay(data.recipe, stage, data.folder, data.base, data.progress)
+        train[REPLAY] = data.write(f"train-{REPLAY}", remembered, mark, chosen=False)
+        general = data.write(f"validation-{GENERAL}", held_out, mark, chosen=False)
         if len(general.tokens):
             validation[GENERAL] = general
         else:
             tell("the base wrote no text worth remembering, so forgetting is not measured: name a replay.source")
     data.check_refused(tell)
-    return Texts(train, validation, base.tokenizer), data.kind
+    return Texts(train, validation, data.base.tokenizer)
 
 
-def _augmented(task: TaskRecipe, prepared: Prepared, recipe: Recipe, data: StageData) -> Iterator[Document]:
+def _augmented(task: TaskRecipe, data: StageData) -> Iterator[Document]:
     """The task's training examples, and altered copies of them behind all."""
+    prepared = data.prepared
     yield from task_documents(prepared, "train", task)
     if task.augment is None:
         return
     from bimo.data.augment import Augmenter
 
-    augmenter = Augmenter.of(task.augment, recipe.seed, data.progress, instruction=task.instruction)
+    augmenter = Augmenter.of(task.augment, data.recipe.seed, data.progress, instruction=task.instruction)
     for document in task_documents(prepared, "train", task):
         yield from augmenter.augment(document)
     if task.augment.back_translation:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bimo.cli.tuning_tables import class_table
+from bimo.cli.tuning_tables import KINDS
 from bimo.data.documents import read_documents
 from bimo.data.pipeline import Prepared
 from bimo.data.records import Document, Message
@@ -23,38 +23,53 @@ SHOWN = 8  # answers of a task, side by side
 SCORED = 32  # answers of a task that are written for ROUGE-L
 
 
-def write_stage_report(recipe: Recipe, stage: StageRecipe, folder: Path) -> dict[str, Any]:
-    """Write the stage's report.html; its path, the figures, and a line for people of each."""
+def write_stage_report(recipe: Recipe, stage: StageRecipe, folder: Path, kind: str) -> dict[str, Any]:
+    """Write the stage's report.html; its path, the figures, and a line for people of each.
+
+    kind: what the stage learned, a key of training.stage_kinds.STAGE_KINDS.
+    """
     from bimo.cli.terminal import progress_display
 
     place = folder / stage.name
     lineage = json.loads((place / "model" / "bimo.json").read_text(encoding="utf-8"))
-    before, after = _first_and_last(place)
-    table, figures = _losses(before, after)
-    tables, samples = [table], list[Sample]()
+    table, figures = _losses(*_first_and_last(place))
+    samples = list[Sample]()
     with progress_display() as progress:
-        if (classes := class_table(stage, place, progress)) is not None:
-            tables.append(classes[0])
-            figures["classes"] = classes[1]
-        if (rouge := _answers(recipe, stage, place, lineage, samples, progress)) is not None:
-            tables.append(rouge[0])
-            figures["rouge_l"] = rouge[1]
+        if kind == "answers":
+            tables, found = _answers(recipe, stage, place, lineage, samples, progress)
+        else:
+            tables, found = KINDS[kind](recipe, stage, place, lineage, progress)
+    figures |= found
     facts = [
         ("base 基座", lineage.get("parent", ""), ""),
         ("adapter 适配器", stage.adapter.kind if stage.adapter else "none: all weights 无：全部权重", ""),
         ("trained weights 训练的权重", f"{lineage.get('trained', 0):,} of {lineage.get('parameters', 0):,}", ""),
         ("trained 训练量", trained_words(place, lineage), ""),
     ]
-    page = write_page(place, f"{recipe.name} · {stage.name}", "微调报告 · report of the stage", facts, samples, tables)
+    title = f"{recipe.name} · {stage.name}"
+    page = write_page(place, title, "微调报告 · report of the stage", facts, samples, [table, *tables])
+    return {"report": str(page), "figures": figures, "lines": _lines(figures)}
+
+
+def _lines(figures: dict[str, Any]) -> dict[str, str]:
+    """A line for people of each task or language."""
     lines = {name: f"{row['before']:.3f} -> {row['after']:.3f} nats a token" for name, row in figures["loss"].items()}
     for name, row in figures.get("classes", {}).items():
         lines[name] += (
             f"; accuracy {row['model']['accuracy']:.4f}, macro F1 {row['model']['macro_f1']:.4f} (TF-IDF and a "
+            f"linear model: {row['linear']['accuracy']:.4f}, {row['linear']['macro_f1']:.4f})"
         )
-        lines[name] += f"linear model: {row['linear']['accuracy']:.4f}, {row['linear']['macro_f1']:.4f})"
     for name, row in figures.get("rouge_l", {}).items():
         lines[name] += f", ROUGE-L {row['before']:.3f} -> {row['after']:.3f}"
-    return {"report": str(page), "figures": figures, "lines": lines}
+    for name, row in figures.get("translation", {}).items():
+        before, after = row["before"], row["after"]
+        lines[name] += (
+            f", BLEU {before['bleu']:.1f} -> {after['bleu']:.1f}, chrF {before['chrf']:.1f} -> {after['chrf']:.1f}"
+        )
+    for language, row in figures.get("retrieval", {}).items():
+        before, after, words = (row[name]["recall@5"] for name in ("before", "after", "bm25"))
+        lines[f"search {language}"] = f"recall@5 {before:.3f} -> {after:.3f} (BM25 {words:.3f})"
+    return lines
 
 
 def _first_and_last(place: Path) -> tuple[dict[str, float], dict[str, float]]:
@@ -89,14 +104,14 @@ def _answers(
     lineage: dict[str, Any],
     samples: list[Sample],
     progress: Progress,
-) -> tuple[Table, dict[str, Any]] | None:
-    """Held-out questions, answered by the base and by the tuned model; None where no task has any."""
+) -> tuple[list[Table], dict[str, Any]]:
+    """Held-out questions, answered by the base and by the tuned model; nothing where no task has any."""
     import bimo
     from bimo.evaluation.answers import rouge_l, write_answers
 
     chosen = {name: documents for name, documents in _held_out(stage, place).items() if documents}
     if not chosen or not recipe.report.pairs:
-        return None
+        return [], {}
     questions = [document.messages[:-1] for documents in chosen.values() for document in documents]
     references = [document.messages[-1].content for documents in chosen.values() for document in documents]
     written: list[list[str]] = []
@@ -116,7 +131,7 @@ def _answers(
             others = (("before 之前", written[0][number]), ("by people 参考", references[number]))
             samples.append(Sample("compared", _shown(questions[number]), written[1][number], others))
     note = f"{len(references)} held-out questions, greedy answers of at most {recipe.report.max_tokens} tokens"
-    return Table("ROUGE-L", ("", "before 之前", "after 之后"), rows, note), scores
+    return [Table("ROUGE-L", ("", "before 之前", "after 之后"), rows, note)], {"rouge_l": scores}
 
 
 def _held_out(stage: StageRecipe, place: Path) -> dict[str, list[Document]]:

@@ -1,6 +1,6 @@
 """A trained encoder as a classifier, and how right a classifier is.
 
-    classifier = Classifier(Path("runs/spam/model"))
+    classifier = Classifier("runs/spam/spam/model")
     told = classifier(["win a prize now", "明天见"])                    # [Told(label="spam", probability=0.98), ...]
     scores = score_classes(truth, [one.label for one in told], [one.probability for one in told], positive="spam")
     print("\\n".join(scores.lines()))
@@ -18,21 +18,26 @@ with replacement are a multinomial draw from the table of (true, told) pairs, wh
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bimo.backends.adapters import FoundModel, attach_adapter, find_model, is_mergeable
 from bimo.data.embedding_pairs import cut_text, text_encoder
 from bimo.data.labels import Labels
 from bimo.data.pairs import pad_rows
 from bimo.errors import UnsupportedModelError, UsageError
 from bimo.formats.huggingface import load_encoder
+from bimo.formats.peft import read_adapter
+from bimo.models.encoder import Encoder
+from bimo.registries.trouble import Progress
 from bimo.tokenizer.load import Tokenizer
+from bimo.training.build import with_classes
 
 __all__ = ["ClassScores", "Classifier", "Readings", "Told", "calibration_error", "score_classes"]
 
@@ -58,23 +63,32 @@ class Readings(NamedTuple):
 
 
 class Classifier:
-    """The encoder in a model directory; texts are computed together, those of similar length in a batch.
+    """The encoder in a model directory, or with the adapter in one; texts of similar length are computed together.
 
     max_tokens: longer texts are cut, and counted by num_cut; None: what the model reads. rows: of a batch.
     Raises UsageError for an encoder without classes, UnsupportedModelError where a text has several, or a number.
     """
 
-    def __init__(self, directory: Path, *, max_tokens: int | None = None, rows: int = 32, device: str = "cpu") -> None:
-        self.model = load_encoder(directory, torch.float32).to(device)
+    def __init__(
+        self,
+        reference: str | os.PathLike[str],
+        *,
+        max_tokens: int | None = None,
+        rows: int = 32,
+        device: str = "cpu",
+        progress: Progress | None = None,
+    ) -> None:
+        found = find_model(reference, progress=progress)
+        self.model = _load(found).to(device)
         config = self.model.config
         if not config.labels:
             raise UsageError(
-                f"{directory} is an encoder without classes: train it with labelled texts first (bimo train)", "model"
+                f"{reference} is an encoder without classes: train it with labelled texts first (bimo train)", "model"
             )
         if config.problem_type not in (None, "single_label_classification"):
-            raise UnsupportedModelError(f"{directory} does {config.problem_type}, a classifier tells one class of many")
+            raise UnsupportedModelError(f"{reference} does {config.problem_type}, a classifier tells one class of many")
         self.labels = Labels(config.labels)
-        self.tokenizer = Tokenizer.from_directory(directory)
+        self.tokenizer = Tokenizer.from_directory(found.tokenizer)
         self.max_tokens = min(max_tokens or config.max_positions, config.max_positions)
         self.rows, self.num_cut = rows, 0
         self._encode = text_encoder(self.tokenizer)
@@ -125,6 +139,17 @@ class Classifier:
             chances[places] = logits.softmax(-1).cpu().numpy()
             vectors[places] = self.model.pooled(hidden).cpu().numpy()
         return Readings(chances, vectors)
+
+
+def _load(found: FoundModel) -> Encoder:
+    """In float32, with its adapter and the adapter's head."""
+    model = load_encoder(found.directory, torch.float32)
+    if found.adapter is not None:
+        file = read_adapter(found.adapter)
+        if file.labels:
+            model = with_classes(model, file.labels, seed=0)
+        attach_adapter(model, found.adapter, torch.float32, merge=is_mergeable(found.adapter))
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,22 +7,22 @@ Everything it shows is read from the run's folder; the page is one file without 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from bimo.evaluation.svg import COLOURS, picture
 from bimo.recipe import Recipe
 from bimo.training.session import read_metrics
 
-__all__ = ["Sample", "Table", "trained_words", "write_page", "write_report"]
+__all__ = ["Sample", "Table", "render_page", "trained_words", "write_page", "write_report"]
 
 NAMES = {"bits per byte": "每字节比特", "masked accuracy": "掩码准确率", "next sentence accuracy": "下句判断准确率",
          "accuracy": "逐词准确率", "masked nats": "掩码词的奈特"}  # fmt: skip
-COLOURS = ("#2563eb", "#dc2626", "#059669", "#9333ea")
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,6 @@ def write_page(
     tables: Sequence[Table] = (),
 ) -> Path:
     """Write folder/report.html: facts (name, value, note), tables, curves of folder/metrics.jsonl, samples, text."""
-    import jinja2
-    from markupsafe import Markup
-
     rows = read_metrics(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     curves = {
@@ -90,15 +87,33 @@ def write_page(
         "learning rate": [("rate", [(row["step"], row["learning_rate"]) for row in steps])],
         "gradient norm": [("norm", [(row["step"], row["grad_norm"]) for row in steps])],
     }
-    pictures = [(name, Markup(_curve(lines))) for name, lines in curves.items() if any(line for _, line in lines)]
-    manifest = json.loads((folder / "data" / "manifest.json").read_text(encoding="utf-8"))
+    pictures = [
+        (name, picture(partial(_curve, lines))) for name, lines in curves.items() if any(line for _, line in lines)
+    ]
+    parts = json.loads((folder / "data" / "manifest.json").read_text(encoding="utf-8"))["parts"]
+    return render_page(folder / "report.html", title, subtitle, facts, tables, pictures, samples, parts)
+
+
+def render_page(
+    target: Path,
+    title: str,
+    subtitle: str,
+    facts: Sequence[tuple[str, str, str]] = (),
+    tables: Sequence[Table] = (),
+    pictures: Sequence[tuple[str, str]] = (),
+    samples: Sequence[Sample] = (),
+    parts: Sequence[dict[str, Any]] = (),
+) -> Path:
+    """One page of what there is. pictures: (title, SVG); parts: of a data manifest."""
+    import jinja2
+    from markupsafe import Markup
+
     template = files("bimo.evaluation").joinpath("run_report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(
-        title=title, subtitle=subtitle, facts=facts, pictures=pictures, tables=tables, parts=manifest["parts"],
-        samples=samples,
+        title=title, subtitle=subtitle, facts=facts, tables=tables, samples=samples, parts=parts,
+        pictures=[(name, Markup(svg)) for name, svg in pictures],
     )  # fmt: skip
-    target = folder / "report.html"
     target.write_text(page, encoding="utf-8", errors="replace")
     return target
 
@@ -122,25 +137,11 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2] if values else 0.0
 
 
-def _curve(lines: list[tuple[str, list[tuple[int, float]]]]) -> str:
-    """One picture as SVG."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 2.7), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
+def _curve(lines: list[tuple[str, list[tuple[int, float]]]], axes: Any) -> None:
     for colour, (name, line) in zip(COLOURS, lines, strict=False):
         axes.plot(
             *zip(*line, strict=True), color=colour, linewidth=1.2, marker="." if len(line) < 30 else "", label=name
         )
     axes.set_xlabel("step")
-    axes.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     if len(lines) > 1:
         axes.legend(frameon=False)
-    target = io.StringIO()
-    figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
-    text = target.getvalue()
-    return text[text.index("<svg") :]

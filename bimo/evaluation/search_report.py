@@ -7,15 +7,14 @@ One file without scripts, in Chinese and English. All of it is the validation sc
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from bimo.evaluation.svg import picture
 from bimo.recipe import RangeRecipe, Recipe, SearchRecipe
 from bimo.training.search import Trial
 
@@ -46,15 +45,15 @@ def write_search_report(
     pictures: list[tuple[str, str, Any]] = []
     slices: list[tuple[str, Any]] = []
     if told := [trial for trial in trials if trial.loss is not None]:
-        pictures.append(("history", "历程", Markup(_picture(partial(_history, told, metric)))))
-        pictures.append(("training of each", "各次训练", Markup(_picture(partial(_curves, told, metric)))))
+        pictures.append(("history", "历程", Markup(picture(partial(_history, told, metric)))))
+        pictures.append(("training of each", "各次训练", Markup(picture(partial(_curves, told, metric)))))
     if importance:
-        pictures.append(("importance", "重要性", Markup(_picture(partial(_bars, importance)))))
+        pictures.append(("importance", "重要性", Markup(picture(partial(_bars, importance)))))
     if len(complete) > 1:
         if len(wish.space) > 1:
-            lines = Markup(_picture(partial(_parallel, complete, wish)))
+            lines = Markup(picture(partial(_parallel, complete, wish)))
             pictures.append(("all settings, blue: best third", "全部设置，蓝：最好三分之一", lines))
-        slices = [(key, Markup(_picture(partial(_slice, told, wish, key, metric)))) for key in wish.space]
+        slices = [(key, Markup(picture(partial(_slice, told, wish, key, metric)))) for key in wish.space]
     template = files("bimo.evaluation").joinpath("search_report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["value"] = _label
@@ -83,27 +82,6 @@ def _label(value: Any) -> str:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def _picture(draw: Callable[[Any], None]) -> str:
-    """What `draw` draws, as SVG. Its text stays text: the reader's browser has the Chinese letters, matplotlib not."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    draw(axes)
-    target = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
-    text = target.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _history(trials: Sequence[Trial], metric: str, axes: Any) -> None:

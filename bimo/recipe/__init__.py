@@ -1,5 +1,6 @@
 """The recipe, as `bimo.recipe.file` reads it: `load_recipe`, and the sections it is made of."""
 
+from bimo.recipe.compare import CompareRecipe
 from bimo.recipe.file import Recipe, load_recipe, save_recipe
 from bimo.recipe.search import RangeRecipe, SearchRecipe
 from bimo.recipe.sections import (
@@ -30,6 +31,7 @@ __all__ = [
     "AdapterRecipe",
     "AugmentRecipe",
     "CleanRecipe",
+    "CompareRecipe",
     "DataRecipe",
     "EmbeddingRecipe",
     "ModelRecipe",

@@ -19,6 +19,7 @@ from typing import Any, cast
 from pydantic import Field, ValidationError, model_validator
 
 from bimo.errors import UsageError
+from bimo.recipe.compare import CompareRecipe
 from bimo.recipe.search import SearchRecipe
 from bimo.recipe.sections import (
     OBJECTIVES,
@@ -50,6 +51,7 @@ class Recipe(Section):
     report: ReportRecipe = ReportRecipe()
     stage: tuple[StageRecipe, ...] = ()
     search: SearchRecipe | None = None
+    compare: CompareRecipe | None = None
 
     @model_validator(mode="before")
     @classmethod

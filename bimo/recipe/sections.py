@@ -311,6 +311,8 @@ class ReportRecipe(Section):
     ngram: order of an n-gram model that is counted on the same text and scored beside it (causal); 0: none.
     pairs: held-out pairs that are written by a seq2seq model and scored by BLEU and chrF; 0: none.
     beams: of the search that writes them.
+    noise: share of the words in which mistakes are made (typos, homophones, dropped words) before classes are told
+        once more; 0: none.
     """
 
     prompts: tuple[str, ...] = ()
@@ -319,3 +321,4 @@ class ReportRecipe(Section):
     ngram: int = Field(default=0, ge=0, le=5)
     pairs: int = Field(default=200, ge=0)
     beams: Count = 4
+    noise: Share = 0.0

@@ -114,8 +114,8 @@ class AugmentRecipe(Section):
 
 
 class TaskRecipe(SourceRecipe):
-    """A source of examples. weight: how often it is read, as of any source. loss_weight: w of its part in the joint
-    loss Σ w L / Σ w, where each L is an average over the task's own tokens.
+    """A source of examples. weight: how often it is read, as of any source; 0: it is only scored. loss_weight: w of its
+    part in the joint loss Σ w L / Σ w, where each L is an average over the task's own tokens.
 
     kind: "chat", dialogues of which the answers are learned; "text", all of it is; "labels", a text and its class;
         "pairs", two texts that belong together (a translation, a title and its passage). "auto" finds it out:
@@ -132,6 +132,7 @@ class TaskRecipe(SourceRecipe):
     label_path: str | None = None
     instruction: str | None = None
     system: str | None = None
+    weight: float = Field(default=1.0, ge=0)
     loss_weight: float = Field(default=1.0, gt=0)
     augment: AugmentRecipe | None = None
 
@@ -214,16 +215,18 @@ class PenaltyRecipe(Section):
 
 
 class PseudoLabelRecipe(Section):
-    """Unlabelled text that the trained model labels itself, and learns from where it is sure (semi-supervised).
+    """Unlabelled text that the trained model labels, and learns from where it is sure (Lee 2013). Each round begins
+    with the base again.
 
     source: the text. threshold: the least probability of a label that is believed. rounds: of labelling and training.
-    task: of several tasks with labels, the one whose labels it gets.
+    task: of several tasks with labels, the one whose labels it gets. loss_weight: as of a task.
     """
 
     source: SourceRecipe
     task: str | None = None
     threshold: float = Field(default=0.9, gt=0, lt=1)
     rounds: Count = 1
+    loss_weight: float = Field(default=1.0, gt=0)
 
 
 class EmbeddingRecipe(Section):

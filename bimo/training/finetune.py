@@ -34,6 +34,7 @@ from bimo.training.session import Job, Texts
 
 __all__ = [
     "GENERAL",
+    "PSEUDO",
     "Base",
     "check_stage",
     "objective_kind",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 GENERAL = "general"  # the validation text that shows what was forgotten
+PSEUDO = "pseudo"  # training text that a model has labelled
 USUAL_LENGTH = 512
 RATES = {True: 2e-4, False: 2e-5}  # with an adapter, which starts from nothing, and without
 
@@ -114,8 +116,13 @@ def check_stage(stage: StageRecipe, config: ModelConfig) -> None:
     if stage.r_drop and kind == "embeddings":
         raise UsageError("r_drop compares scores of words or classes, embeddings have none: leave it out", "r_drop")
     if stage.pseudo_labels is not None:
-        raise UsageError("pseudo_labels are not part of a stage yet: label texts by bimo.data.labels.pseudo_labels, "
-                         "and name them as a task", "pseudo_labels")  # fmt: skip
+        if kind != "classes":
+            raise UsageError(f"pseudo_labels are classes, and this stage learns {kind}: leave them out",
+                             "pseudo_labels")  # fmt: skip
+        names = [task.name for task in stage.task]
+        if len(names) > 1 and stage.pseudo_labels.task not in names:
+            raise UsageError(f"pseudo_labels.task says whose classes the texts get, one of {', '.join(names)}",
+                             "pseudo_labels")  # fmt: skip
     if kind != "answers" and stage.replay.source is not None:
         raise UsageError(f"replay is for decoders that write answers, {config.family} is trained on {kind}: leave "
                          f"replay.source out", "replay")  # fmt: skip
@@ -172,8 +179,9 @@ def stage_job(
     """How long it takes and what is read how often: `epochs` of the tasks, replay beside them."""
     length = row_length(stage, base.config)
     rows = {name: _rows(file, length, make_loader) for name, file in texts.train.items()}
-    if not any(count for name, (count, _) in rows.items() if name != REPLAY):
-        raise UsageError(f"stage {stage.name} has no example to learn from: the manifest says where they went", "task")
+    if not any(rows[task.name][0] for task in stage.task if task.weight):
+        raise UsageError(f"stage {stage.name} has no example to learn from: the manifest says where they went, and a "
+                         f"task of weight 0 is only scored", "task")  # fmt: skip
     weights = _mixing(stage, {name: count for name, (count, _) in rows.items()})
     training = _training(stage, rows)
     lists = [Path(file) for file in stage.penalty.words]  # by what is in them
@@ -207,9 +215,8 @@ def _mixing(stage: StageRecipe, rows: Mapping[str, int]) -> dict[str, float]:
     replay for its share of all rows."""
     sizes = {task.name: rows.get(task.name, 0) for task in stage.task}
     weights = {
-        task.name: task.weight * sizes[task.name] ** (1 / stage.mixing_temperature - 1)
+        task.name: task.weight * sizes[task.name] ** (1 / stage.mixing_temperature - 1) if sizes[task.name] else 0.0
         for task in stage.task
-        if sizes[task.name]
     }
     share = stage.replay.share
     if rows.get(REPLAY):
@@ -217,13 +224,14 @@ def _mixing(stage: StageRecipe, rows: Mapping[str, int]) -> dict[str, float]:
             raise UsageError("replay.share is of all rows: with 1 nothing is left for the tasks", "replay.share")
         others = sum(weight * sizes[name] for name, weight in weights.items())
         weights[REPLAY] = others * share / (1 - share) / rows[REPLAY]
-    return {name: weight for name, weight in weights.items() if weight > 0}
+    return weights
 
 
 def _training(stage: StageRecipe, rows: Mapping[str, tuple[int, int]]) -> TrainingRecipe:
     """The recipe's, with steps instead of epochs and a learning rate."""
     wish = stage.training
-    own = {name: counts for name, counts in rows.items() if name != REPLAY}
+    own = {task.name: rows[task.name] for task in stage.task if task.weight}
+    own |= {PSEUDO: rows[PSEUDO]} if PSEUDO in rows else {}
     num_rows = sum(count for count, _ in own.values())
     row_tokens = sum(count * tokens for count, tokens in own.values()) / max(1, num_rows)
     share = stage.replay.share if rows.get(REPLAY, (0, 0))[0] else 0.0

@@ -210,7 +210,7 @@ class _Run:
             )
             for info in steps:
                 self._log(info.step, loss=info.loss, grad_norm=info.grad_norm, learning_rate=info.learning_rate,
-                          tokens_per_second=info.num_tokens / info.seconds)  # fmt: skip
+                          tokens_per_second=info.num_tokens / info.seconds, seconds=info.seconds)  # fmt: skip
                 yield info
                 if self._is_due(info.step):
                     yield self._evaluate()
