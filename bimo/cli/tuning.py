@@ -40,11 +40,21 @@ def stage_folder(folder: Path, stage: StageRecipe) -> Path:
 
 def open_stage_base(recipe: Recipe, stage: StageRecipe, folder: Path, progress: Progress) -> Base:
     """The model the stage begins with: the one it names, else that of the stage before, else the pretrained one."""
-    from bimo.formats.hub import resolve
+    from bimo.backends.adapters import find_model
     from bimo.training.finetune import open_base
 
+    def opened(reference: str) -> Base:
+        found = find_model(reference, progress=progress)
+        if found.adapter is not None:
+            raise UsageError(
+                f"{reference} is an adapter, a stage begins with a whole model: merge it first (bimo convert "
+                f"{reference} DIRECTORY) and name that",
+                "base",
+            )
+        return open_base(reference, found.directory)
+
     if stage.base is not None:
-        return open_base(stage.base, resolve(stage.base, progress=progress))
+        return opened(stage.base)
     number = recipe.stage.index(stage)
     before = stage_folder(folder, recipe.stage[number - 1]) if number else folder
     place = before / "model"
@@ -54,7 +64,7 @@ def open_stage_base(recipe: Recipe, stage: StageRecipe, folder: Path, progress: 
             f"name a base",
             "base",
         )
-    return open_base(str(place), resolve(place, progress=progress))
+    return opened(str(place))
 
 
 def prepare_stage(stage: StageRecipe, folder: Path, *, workers: int | None, progress: Progress) -> Prepared:

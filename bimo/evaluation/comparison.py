@@ -96,14 +96,18 @@ class Comparison:
 
     def rows(self) -> list[list[str]]:
         """A row for each metric and variant: metric, variant, mean with interval, difference with interval."""
-        rows = []
+        rows = list[list[str]]()
         for metric in self.metrics:
-            for variant in self.variants:
-                if (value := self.interval(variant, metric)) is not None:
-                    rows.append([metric, variant, shown(value), _difference(self.difference(variant, metric))])
-            for name, figures in self.references.items():
-                if metric in figures:
-                    rows.append([metric, f"({name})", shown(Interval(figures[metric], math.nan)), ""])
+            rows += [
+                [metric, variant, shown(value), _difference(self.difference(variant, metric))]
+                for variant in self.variants
+                if (value := self.interval(variant, metric)) is not None
+            ]
+            rows += [
+                [metric, f"({name})", shown(Interval(figures[metric], math.nan)), ""]
+                for name, figures in self.references.items()
+                if metric in figures
+            ]
         return rows
 
     def cost_rows(self) -> list[list[str]]:

@@ -62,13 +62,7 @@ class Base:
 
 
 def open_base(reference: str, directory: Path) -> Base:
-    """directory: where `reference` was resolved to. Raises UsageError for an adapter, ModelError for no model."""
-    if (directory / "adapter_config.json").is_file():
-        raise UsageError(
-            f"{reference} is an adapter, a stage begins with a whole model: merge it first (bimo convert {reference} "
-            f"DIRECTORY) and name that",
-            "base",
-        )
+    """directory: where `reference` was resolved to. Raises ModelError for no model."""
     weights = [(file.name, file.stat().st_size) for file in sorted(directory.glob("*.safetensors"))]
     mark = fingerprint(directory / "config.json", directory / "tokenizer.json", weights)
     return Base(reference, directory, read_model_config(directory), Tokenizer.from_directory(directory), mark)

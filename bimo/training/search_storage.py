@@ -31,7 +31,7 @@ HEARTBEAT = 10  # seconds between signs of life of a trial
 GRACE = 90  # seconds after which it counts as killed, where its machine cannot be asked
 PATIENCE = 60.0  # seconds to wait for a database that others write to
 APART = r"search\.trials$|report\.|(.*\.)?training\.(trackers|checkpoint_minutes|keep_checkpoints)\b"  # may change
-DRIVERS = {"postgresql": "psycopg2-binary", "mysql": "mysqlclient"}
+DRIVERS = {"postgresql+psycopg": "psycopg[binary]", "postgresql+psycopg2": "psycopg2-binary", "mysql": "mysqlclient"}
 
 
 def storage_name(url: str) -> str:
@@ -89,6 +89,8 @@ def open_study(url: str, name: str, about: dict[str, Any]) -> optuna.Study:
     sqlite = url.startswith("sqlite:")
     connect = {"connect_args": {"timeout": PATIENCE, "isolation_level": None}} if sqlite else {"pool_pre_ping": True}
     shown = storage_name(url)
+    if url.startswith("postgresql://"):  # which driver that means, SQLAlchemy changed in 2.1
+        url = url.replace("postgresql", "postgresql+psycopg", 1)
     for attempt in range(3):
         try:
             with warnings.catch_warnings():
@@ -98,8 +100,8 @@ def open_study(url: str, name: str, about: dict[str, Any]) -> optuna.Study:
                 )
             break
         except ImportError:
-            dialect = sqlalchemy.make_url(url).get_backend_name()
-            raise MissingDependencyError(DRIVERS.get(dialect, dialect), f"the storage {shown}") from None
+            driver = sqlalchemy.make_url(url).drivername
+            raise MissingDependencyError(DRIVERS.get(driver, driver), f"the storage {shown}") from None
         except (sqlalchemy.exc.ArgumentError, ValueError):
             raise UsageError(f"--storage takes a URL, sqlite:///search.db or postgresql://user:password@host/name, not "
                              f"{shown!r}", "storage") from None  # fmt: skip

@@ -83,6 +83,24 @@ def test_from_examples_to_a_model_that_answers_better(recipe: Path, capsys: pyte
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_an_adapter_is_merged_by_convert_and_a_stage_goes_on_from_it(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bimo
+
+    result = run(recipe, capsys, "--no-report", "--set", "stage.0.adapter.kind=lora", "--set", "stage.0.adapter.rank=4")
+    question = [{"role": "user", "content": "7加7？"}]
+    for target in ("merged", "merged.gguf"):
+        assert main(["convert", result["model"], target]) == 0
+        with bimo.load(result["model"], dtype="float32") as adapted, bimo.load(target, dtype="float32") as merged:
+            answers = [str(model.chat(question, max_tokens=12, temperature=0)) for model in (adapted, merged)]
+        assert answers[0] == answers[1] != ""
+    capsys.readouterr()
+    assert main(["train", str(recipe), "--set", f"stage.0.base={Path(result['model']).absolute()}", "--out", "on"]) == 2
+    assert "merge it first (bimo convert" in capsys.readouterr().err
+    assert main(["train", str(recipe), "--set", f"stage.0.base={Path('merged').absolute()}", "--out", "on"]) == 0
+
+
 def test_a_killed_training_goes_on_to_the_same_end(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--no-report", "--set", "stage.0.training.checkpoint_minutes=0"]
     run(recipe, capsys, *options, "--out", "whole")

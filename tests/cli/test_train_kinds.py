@@ -127,6 +127,35 @@ def test_embeddings_find_more_passages_than_before(recipe: Path, capsys: pytest.
     assert any("recall@5" in line for line in result["lines"].values())
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("lora", 40), ("adalora", 150), ("bottleneck", 40), ("prefix", 200)])
+def test_adapters_of_encoders_are_scored(
+    recipe: Path, kind: str, steps: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wishes = (f"stage.0.adapter.kind={kind}", "stage.0.adapter.rank=4", f"stage.0.training.steps={steps}")
+    result = train(recipe, capsys, *wishes, "report.noise=0")
+    assert result["figures"]["classes"]["notes"]["model"]["accuracy"] > 0.75
+    assert (Path(result["model"]) / "adapter_config.json").is_file()
+    assert main(["data", "select", result["model"], "notes.jsonl", "--count", "2"]) == 0  # any command takes it
+
+
+def test_an_adapter_of_embeddings(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"{a[:12]} {n}", "completion": f"{n} {a}"} for a in TEXTS["zh"] for n in range(20)]
+    write_rows(Path("notes.jsonl"), rows)
+    result = train(recipe, capsys, 'stage.0.task.0.kind="pairs"', "stage.0.adapter.kind=lora", "stage.0.adapter.rank=4")
+    figures = result["figures"]["retrieval"]["zh"]
+    assert figures["after"]["MRR"] > figures["before"]["MRR"]
+    pairs = Path("pairs.jsonl")
+    write_rows(pairs, [{"source": row["prompt"], "target": row["completion"]} for row in rows[:20]])
+    assert main(["eval", result["model"], "--pairs", str(pairs)]) == 0
+    told = capsys.readouterr().out
+    assert "recall@5" in told and "bm25" in told and "among 20 passages" in told
+    assert main(["eval", result["model"], "--pairs", str(pairs), "--json", "--limit", "10"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passages"] == 10 and {score["name"] for score in found["scores"]} == {"bm25", result["model"]}
+    assert main(["eval", result["model"], "--pairs", str(pairs), "--beams", "2"]) == 2
+    assert "leave --beams out" in capsys.readouterr().err
+
+
 def test_a_translator_learns_more_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                         capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """The base is what `bimo run` makes of pairs; a stage goes on with others."""

@@ -359,10 +359,16 @@ def test_storages_that_cannot_be_used(small: Path, tmp_path: Path, url: str, err
     assert "secret" not in str(caught.value)
 
 
-def test_a_database_without_its_driver(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "psycopg2", None)
-    with pytest.raises(MissingDependencyError, match=r"me:\*\*\*@host.*pip install psycopg2-binary"):
-        open_search(small, tmp_path / "out", storage="postgresql+psycopg2://me:secret@host/searches")
+@pytest.mark.parametrize(
+    ("scheme", "module", "package"),
+    [("postgresql", "psycopg", r"psycopg\[binary\]"), ("postgresql+psycopg2", "psycopg2", "psycopg2-binary")],
+)
+def test_a_database_without_its_driver(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, module: str, package: str
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(MissingDependencyError, match=rf"me:\*\*\*@host.*pip install {package}"):
+        open_search(small, tmp_path / "out", storage=f"{scheme}://me:secret@host/searches")
     assert storage_name("postgresql://me:secret@host/x") == "postgresql://me:***@host/x"
 
 
