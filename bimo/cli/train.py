@@ -1,11 +1,19 @@
-"""`bimo train RECIPE`: the stages of a recipe that make a model that exists into another one."""
+"""`bimo train RECIPE`: the stages of a recipe that make a model that exists into another one.
+
+    torchrun --standalone --nproc-per-node 2 -m bimo.cli.main train RECIPE
+
+trains on several processes. The first one does the rest, prints and writes; the others wait.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,9 +23,13 @@ from bimo.cli.options import Out, Overrides, RecipeArgument
 if TYPE_CHECKING:
     from bimo.cli.tuning import StageData
     from bimo.recipe import Recipe, StageRecipe
+    from bimo.registries.trouble import Progress
+    from bimo.runtime import Ranks
     from bimo.training.session import Texts
 
-__all__ = ["run_stages", "show_stage", "train", "train_stage"]
+__all__ = ["run_stages", "show_stage", "train"]
+
+T = TypeVar("T")
 
 
 def train(
@@ -34,6 +46,7 @@ def train(
     from bimo.errors import UsageError
     from bimo.recipe import load_recipe
     from bimo.runtime import ranks as ranks_of_process
+    from bimo.training.distributed import process_group
 
     loaded = load_recipe(recipe, overrides or [])
     names = [one.name for one in loaded.stage]
@@ -41,9 +54,11 @@ def train(
         raise UsageError(f"{recipe} has no [[stage]]: `bimo run {recipe}` trains what it describes", "recipe")
     if stage is not None and stage not in names:
         raise UsageError(f"{recipe} has no stage {stage}, there are {', '.join(names)}", "stage")
-    if ranks_of_process().world_size > 1:
-        raise UsageError("stages are trained by one process so far: start bimo train without torchrun", "recipe")
-    results = run_stages(loaded, run_folder(loaded, out), only=stage, workers=workers, report=report)
+    ranks = ranks_of_process()
+    with process_group(ranks) if ranks.world_size > 1 else contextlib.nullcontext():
+        results = run_stages(loaded, run_folder(loaded, out), only=stage, workers=workers, report=report, ranks=ranks)
+    if not ranks.is_main:
+        return
     if as_json:
         typer.echo(json.dumps({"stages": results}, ensure_ascii=False))
         return
@@ -58,54 +73,67 @@ def run_stages(
     only: str | None = None,
     workers: int | None = None,
     report: bool = True,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
-    """All stages in order, or the one that is named; what came of each."""
+    """All stages in order, or the one that is named; what came of each. ranks: of several processes, which are together
+    already; the first one does all but the training."""
     from bimo.recipe import save_recipe
+    from bimo.runtime import Ranks
 
-    results = []
+    ranks, results = ranks or Ranks(), []
     for stage in recipe.stage:
         if only in (None, stage.name):
-            results.append(train_stage(recipe, stage, folder, workers=workers))
-            if report:
+            results.append(_train_stage(recipe, stage, folder, workers, ranks))
+            if report and ranks.is_main:
                 from bimo.cli.tuning_report import write_stage_report
 
                 results[-1] |= write_stage_report(recipe, stage, folder, results[-1]["kind"])
-    save_recipe(recipe, folder / "recipe.toml")
+    if ranks.is_main:
+        save_recipe(recipe, folder / "recipe.toml")
     return results
 
 
-def train_stage(
-    recipe: Recipe,
-    stage: StageRecipe,
-    folder: Path,
-    *,
-    workers: int | None = None,
-) -> dict[str, Any]:
+def _train_stage(recipe: Recipe, stage: StageRecipe, folder: Path, workers: int | None, ranks: Ranks) -> dict[str, Any]:
     """One stage; nothing to do when its model is there and was made by this recipe from these examples."""
     from bimo.cli.follow import note
     from bimo.cli.pseudo import add_pseudo_labels
     from bimo.cli.terminal import progress_display
     from bimo.cli.tuning import StageData, open_stage_base, prepare_stage, stage_folder, stage_texts
+    from bimo.training.distributed import from_main
     from bimo.training.finetune import check_stage
     from bimo.training.session import read_metrics
 
     place = stage_folder(folder, stage)
-    place.mkdir(parents=True, exist_ok=True)
-    with progress_display() as progress:
+    tell: Callable[[str], None] = note if ranks.is_main else lambda text: None
+
+    def once(make: Callable[[Progress], T]) -> T:
+        """The first process makes it, the others take up what it left."""
+        made: list[T] = []
+
+        def first() -> None:
+            with progress_display() as progress:
+                made.append(make(progress))
+
+        from_main(ranks, first)
+        return made[0] if made else make(lambda label, done, total: None)
+
+    def prepared(progress: Progress) -> tuple[StageData, Texts]:
+        place.mkdir(parents=True, exist_ok=True)
         base = open_stage_base(recipe, stage, folder, progress)
         check_stage(stage, base.config)
-        prepared = prepare_stage(stage, place, workers=workers, progress=progress)
-        data = StageData(recipe, stage, place, base, prepared, progress)
-        texts = stage_texts(data, note)
+        examples = prepare_stage(stage, place, workers=workers, progress=progress)
+        data = StageData(recipe, stage, place, base, examples, progress)
+        return data, stage_texts(data, tell)
+
+    data, texts = once(prepared)
     labelled = []
     for number in range(stage.pseudo_labels.rounds if stage.pseudo_labels else 0):
         teacher = place / f"teacher-{number}"
-        _fit(recipe, stage, teacher, data, texts)
-        with progress_display() as progress:
-            texts, tally = add_pseudo_labels(data, texts, teacher / "model", number, progress)
-        note(f"round {number + 1}: {tally['about']}")
+        _fit(recipe, stage, teacher, data, texts, ranks)
+        texts, tally = once(partial(add_pseudo_labels, data, texts, teacher / "model", number))
+        tell(f"round {number + 1}: {tally['about']}")
         labelled.append(tally)
-    lineage, peak = _fit(recipe, stage, place, data, texts)
+    lineage, peak = _fit(recipe, stage, place, data, texts, ranks)
     return {
         "stage": stage.name,
         "kind": data.kind.name,
@@ -119,29 +147,31 @@ def train_stage(
 
 
 def _fit(
-    recipe: Recipe, stage: StageRecipe, place: Path, data: StageData, texts: Texts
+    recipe: Recipe, stage: StageRecipe, place: Path, data: StageData, texts: Texts, ranks: Ranks
 ) -> tuple[dict[str, Any], float | None]:
     """Train place/model, if it is not there: its bimo.json, and the memory it took at most where it was trained."""
     from bimo.cli.follow import follow, note
-    from bimo.runtime import Ranks, peak_memory
-    from bimo.training.distributed import training_device
+    from bimo.runtime import peak_memory
+    from bimo.training.distributed import from_main, training_device
     from bimo.training.finetune import stage_job, tunable_model
     from bimo.training.session import finished, train_run
 
-    base, kind, ranks = data.base, data.kind, Ranks()
+    base, kind = data.base, data.kind
+    tell: Callable[[str], None] = note if ranks.is_main else lambda text: None
     job = stage_job(recipe, stage, base, texts, kind.make_loader)
-    if (lineage := finished(job, place, texts)) is not None:
+    if (lineage := from_main(ranks, lambda: finished(job, place, texts))) is not None:
         return lineage, None
     device = training_device(ranks)
     model = tunable_model(base, stage, kind.with_heads, seed=recipe.seed, training=job.training, device=str(device))
     sizes = [weight.numel() for weight in model.parameters() if weight.requires_grad]
     whole = sum(weight.numel() for weight in model.parameters())
-    note(f"{base.reference}: {sum(sizes) / 1e6:.2f}M of {whole / 1e6:.1f}M parameters are trained, "
-         f"{job.training.steps} steps of {job.training.batch_tokens} tokens")  # fmt: skip
+    tell(f"{base.reference}: {sum(sizes) / 1e6:.2f}M of {whole / 1e6:.1f}M parameters are trained, "
+         f"{job.training.steps} steps of {job.training.batch_tokens} tokens"
+         + (f", {ranks.world_size} processes" if ranks.world_size > 1 else ""))  # fmt: skip
     job = replace(job, about={**job.about, "trained": sum(sizes), "parameters": whole})
-    events = train_run(job, place, model, kind.loss, texts, note, ranks, kind.make_loader)
+    events = train_run(job, place, model, kind.loss, texts, tell, ranks, kind.make_loader)
     follow(events, job.training.steps, ranks)
-    return finished(job, place, texts) or {}, peak_memory()
+    return from_main(ranks, lambda: finished(job, place, texts)) or {}, peak_memory()
 
 
 def show_stage(result: dict[str, Any]) -> None:

@@ -101,6 +101,23 @@ def test_an_adapter_is_merged_by_convert_and_a_stage_goes_on_from_it(
     assert main(["train", str(recipe), "--set", f"stage.0.base={Path('merged').absolute()}", "--out", "on"]) == 0
 
 
+@pytest.mark.parametrize("wishes", [("stage.0.adapter.kind=lora",), ("stage.0.training.parallel=fsdp",)])
+def test_two_processes_learn_what_one_does(
+    recipe: Path, wishes: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--no-report", "--json", "--set", "stage.0.training.batch_tokens=1024"]
+    options += [part for wish in wishes for part in ("--set", wish)]
+    run(recipe, capsys, "--out", "one", *options)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "bimo.cli.main", "train", str(recipe), "--out", "two", *options]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["stages"][0]["kind"] == "answers"  # one process speaks
+    one, two = ([row["loss"] for row in read_metrics(Path(name) / "chat" / "metrics.jsonl") if "loss" in row]
+                for name in ("one", "two"))  # fmt: skip
+    assert len(one) == 12 and two == pytest.approx(one, rel=1e-3)
+
+
 def test_a_killed_training_goes_on_to_the_same_end(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--no-report", "--set", "stage.0.training.checkpoint_minutes=0"]
     run(recipe, capsys, *options, "--out", "whole")
