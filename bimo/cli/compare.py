@@ -66,6 +66,7 @@ def compare(
             place = folder / "variants" / name / str(seed)
             if (result := run.finished(place)) is None:
                 note(f"{name}, seed {seed} ({number} of {len(orders)})")
+                run.begin(place)
                 if first is not None:
                     _share(first, place, run.recipe)
                 result = run.train(place, interrupted, keep_model=seed == loaded.seed)
@@ -121,13 +122,23 @@ class _Run:
             return None
         return list(found["stages"]) if found.get("recipe") == self.what else None
 
+    def begin(self, place: Path) -> None:
+        """What another recipe left half done is in the way, and this folder is a comparison's own."""
+        about, what = place / "begun.json", json.dumps(self.what, ensure_ascii=False)
+        if not about.is_file() or about.read_text(encoding="utf-8") != what:
+            for left in place.rglob("checkpoints"):
+                shutil.rmtree(left)
+            for left in place.rglob("metrics.jsonl"):
+                left.unlink()
+            place.mkdir(parents=True, exist_ok=True)
+            about.write_text(what, encoding="utf-8")
+
     def train(self, place: Path, interrupted: Callable[[], bool], *, keep_model: bool) -> list[dict[str, Any]]:
         """Raises TrainingError when it fails, whose reason it has told; KeyboardInterrupt when interrupted, with a
         checkpoint."""
         from bimo.errors import TrainingError
 
         command = [sys.executable, "-m", "bimo.cli.main", "train", str(self.file), "--out", str(place), "--json"]
-        place.mkdir(parents=True, exist_ok=True)
         output = place / "train.json"
         with output.open("wb") as stream:
             process = subprocess.Popen([*command, *(f"--set={wish}" for wish in self.overrides)], stdout=stream)

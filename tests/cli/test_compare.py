@@ -80,6 +80,8 @@ def test_interrupted_it_goes_on(recipe: Path, capfd: pytest.CaptureFixture[str])
     assert process.wait(60) == 130
     assert list(Path("runs").glob("kinds/variants/plain/0/stage/checkpoints/step-*"))
     assert "the same command goes on from there" in Path("log").read_text()
+    wishes[1] = "stage.0.training.steps=2"  # what was half done belongs to another recipe now
+    assert main(["compare", str(recipe), *wishes]) == 0
     assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and _reads(pid, str(recipe))]
 
 
