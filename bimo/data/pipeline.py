@@ -59,7 +59,7 @@ WAYS = 1 << 32  # the validation split is drawn from a hash of this many values
 NOT_FOR_UNITS = {"exact_duplicates", "near_duplicates"}  # settings of later steps
 NOT_FOR_TEXT = {"weight", "loss_weight", "augment"}  # settings of a source that training alone reads
 SPLITS = ("train", "validation")
-PARSED = ("html", "docx")  # kinds of files whose tags the reader has taken away
+PARSED = ("html", "docx", "eml")  # kinds of files whose tags the reader has taken away
 KANJI = ("ja", "ko")  # written with characters that are no traditional Chinese, though they look like it
 EXACT, NEAR = 1, 2  # what step 2 says of a document; 0: it stays
 

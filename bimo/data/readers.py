@@ -23,6 +23,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from bimo.data.examples import dressed, path_label, read_example
+from bimo.data.mail import mail_text
 from bimo.data.parsers import (
     DECODER,
     FIELD,
@@ -247,9 +248,8 @@ class _Reading:
         )
 
     def pieces(self, texts: Iterator[str], title: str = "") -> Iterator[Document]:
-        """One running text as a document, or as several of at most MAX_CHARS characters, cut at the best border.
-
-        Of a source with prompt and answer the whole is one row, whose fields are title and text."""
+        """One running text as a document, or as several of at most MAX_CHARS characters, cut at the best border; of a
+        source with prompt and answer one row, whose fields are title and text."""
         if self.source.prompt is not None:
             yield from self.row({"title": title, "text": "".join(texts).strip("\n")}, 0)
             return
@@ -479,6 +479,11 @@ def _read_docx(reading: _Reading) -> Iterator[Document]:
     return reading.pieces(iter([text]), title)
 
 
+def _read_eml(reading: _Reading) -> Iterator[Document]:
+    text, title = mail_text(b"".join(reading.blocks()))
+    return reading.pieces(iter([text]), title)
+
+
 READERS: dict[str, Callable[[_Reading], Iterator[Document]]] = {
     "txt": _read_txt,
     "md": _read_md,
@@ -491,4 +496,5 @@ READERS: dict[str, Callable[[_Reading], Iterator[Document]]] = {
     "html": _read_html,
     "pdf": _read_pdf,
     "docx": _read_docx,
+    "eml": _read_eml,
 }

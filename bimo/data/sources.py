@@ -47,6 +47,7 @@ KINDS = {
     **dict.fromkeys([".html", ".htm", ".xhtml"], "html"),
     ".pdf": "pdf",
     ".docx": "docx",
+    ".eml": "eml",
 }
 BACKUPS = ("*~", "*.bak", "*.orig", "*.swp", "*.tmp", "#*#", "~$*")
 ALL_FILES = ("**/*",)

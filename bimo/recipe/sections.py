@@ -84,9 +84,9 @@ class SourceRecipe(Section):
     path: str = Field(min_length=1)
     files: tuple[str, ...] = ("**/*",)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
-    format: Literal["auto", "txt", "md", "jsonl", "json", "csv", "tsv", "yaml", "parquet", "html", "pdf", "docx"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "txt", "md", "jsonl", "json", "csv", "tsv", "yaml", "parquet", "html", "pdf", "docx", "eml"
+    ] = "auto"
     encoding: str = "auto"
     text: str = "text"
     prompt: str | None = None

@@ -460,7 +460,7 @@ def test_docx(file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "ending", ["txt", "md", "jsonl", "json", "csv", "tsv", "yaml", "html", "pdf", "docx", "parquet"]
+    "ending", ["txt", "md", "jsonl", "json", "csv", "tsv", "yaml", "html", "pdf", "docx", "eml", "parquet"]
 )
 def test_empty_files(file: Any, ending: str) -> None:
     assert reason(file(f"空.{ending}", b"")) == "is empty"
