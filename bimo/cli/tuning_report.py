@@ -19,6 +19,12 @@ from bimo.training.session import read_metrics
 
 __all__ = ["write_stage_report"]
 
+UNITS = {  # of the loss, by what is learned
+    "answers": ("nats a token", "每词元奈特"),
+    "pairs": ("nats a token", "每词元奈特"),
+    "classes": ("nats a text", "每文本奈特"),
+    "embeddings": ("nats a query", "每查询奈特"),
+}
 SHOWN = 8  # answers of a task, side by side
 SCORED = 32  # answers of a task that are written for ROUGE-L
 
@@ -32,7 +38,7 @@ def write_stage_report(recipe: Recipe, stage: StageRecipe, folder: Path, kind: s
 
     place = folder / stage.name
     lineage = json.loads((place / "model" / "bimo.json").read_text(encoding="utf-8"))
-    table, figures = _losses(*_first_and_last(place))
+    table, figures = _losses(*_first_and_last(place), kind)
     samples = list[Sample]()
     with progress_display() as progress:
         if kind == "answers":
@@ -48,12 +54,12 @@ def write_stage_report(recipe: Recipe, stage: StageRecipe, folder: Path, kind: s
     ]
     title = f"{recipe.name} · {stage.name}"
     page = write_page(place, title, "微调报告 · report of the stage", facts, samples, [table, *tables])
-    return {"report": str(page), "figures": figures, "lines": _lines(figures)}
+    return {"report": str(page), "figures": figures, "lines": _lines(figures, UNITS[kind][0])}
 
 
-def _lines(figures: dict[str, Any]) -> dict[str, str]:
+def _lines(figures: dict[str, Any], unit: str) -> dict[str, str]:
     """A line for people of each task or language."""
-    lines = {name: f"{row['before']:.3f} -> {row['after']:.3f} nats a token" for name, row in figures["loss"].items()}
+    lines = {name: f"{row['before']:.3f} -> {row['after']:.3f} {unit}" for name, row in figures["loss"].items()}
     for name, row in figures.get("classes", {}).items():
         lines[name] += (
             f"; accuracy {row['model']['accuracy']:.4f}, macro F1 {row['model']['macro_f1']:.4f} (TF-IDF and a "
@@ -82,17 +88,16 @@ def _first_and_last(place: Path) -> tuple[dict[str, float], dict[str, float]]:
     return (rows[0], rows[-1]) if rows else ({}, {})
 
 
-def _losses(before: dict[str, float], after: dict[str, float]) -> tuple[Table, dict[str, Any]]:
+def _losses(before: dict[str, float], after: dict[str, float], kind: str) -> tuple[Table, dict[str, Any]]:
     loss = {name: {"before": before[name], "after": after[name]} for name in after if name in before}
     rows = [
         (name if name != GENERAL else "general 通用（遗忘）", f"{row['before']:.3f}", f"{row['after']:.3f}",
          f"{row['after'] - row['before']:+.3f}")
         for name, row in loss.items()
     ]  # fmt: skip
-    note = (
-        "nats a token of validation answers, never trained on; a higher general loss is what was forgotten "
-        "验证集答案每词元的奈特；通用损失升高即遗忘"
-    )
+    note = "{} of validation examples, never trained on 验证集样例的{}".format(*UNITS[kind])
+    if GENERAL in loss:
+        note += "; a higher general loss is what was forgotten 通用损失升高即遗忘"
     head = ("", "before 之前", "after 之后", "change 变化")
     return Table("Before and after 前后对比", head, rows, note), {"loss": loss}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,7 +177,7 @@ def _rooted(recipe: Recipe, folder: Path) -> Recipe:
 
     def model(reference: str) -> str:
         """A name of the catalog stays one, also where a folder of that name lies about."""
-        place = folder / Path(reference).expanduser()
+        place = Path(os.path.normpath(folder / Path(reference).expanduser()))
         return (
             str(place)
             if reference.startswith(("./", "../", "~", "/")) or ("/" in reference and place.exists())
