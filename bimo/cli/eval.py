@@ -18,6 +18,7 @@ from bimo.cli import options
 
 if TYPE_CHECKING:
     from bimo.backends.facade import Model
+    from bimo.evaluation.pairs import Pair
     from bimo.evaluation.perplexity import Perplexity
     from bimo.evaluation.translation import TranslationTable
 
@@ -80,20 +81,15 @@ def evaluate(
         other = "--text" if pairs else "--pairs"
         raise UsageError(f"--{name.replace('_', '-')} has an effect with {other} only: leave it out", name)
     precision = options.given(dtype=dtype, quant=quant, kv_cache_dtype=kv_cache_dtype)
-    if pairs and _is_encoder(model):
-        for name in {**translating, **precision}.keys() - {"limit"}:
-            raise UsageError(
-                f"{model} is an encoder, which looks for the targets: leave --{name.replace('_', '-')} out", name
-            )
-        _search(model, pairs, limit, as_json)
-    elif pairs:
+    if pairs:
         _translate(model, pairs, translating, precision, as_json)
     else:
         _predict(model, text or [], reading, precision, as_json)
 
 
 def _translate(model: str, pairs: Path, settings: dict[str, Any], precision: dict[str, Any], as_json: bool) -> None:
-    """BLEU and chrF over pairs."""
+    """BLEU and chrF over pairs; of an encoder, how well it finds them."""
+    from bimo.errors import UsageError
     from bimo.evaluation.pairs import check_language, languages_of, read_pairs
     from bimo.evaluation.translation import ModelTranslator, check_prompt, evaluate_translation
 
@@ -106,6 +102,13 @@ def _translate(model: str, pairs: Path, settings: dict[str, Any], precision: dic
     found = languages_of(held_out)
     languages = given.get("source", found[0]), given.get("target", found[1])
 
+    if _is_encoder(model):
+        for name in {**settings, **precision}.keys() - {"limit"}:
+            raise UsageError(
+                f"{model} is an encoder, which looks for the targets: leave --{name.replace('_', '-')} out", name
+            )
+        _search(model, held_out, as_json)
+        return
     loaded = options.load_model(model, **precision)
     try:
         with _bar(pairs.name, "sentences") as report:
@@ -150,15 +153,13 @@ def _is_encoder(model: str) -> bool:
         return isinstance(read_model_config(find_model(model, progress=progress).directory), EncoderConfig)
 
 
-def _search(model: str, pairs: Path, limit: int | None, as_json: bool) -> None:
+def _search(model: str, pairs: list[Pair], as_json: bool) -> None:
     """Recall, reciprocal rank and nDCG: each source looks for its target among all of them."""
     from bimo.backends.embedding import Embedder
-    from bimo.evaluation.pairs import read_pairs
     from bimo.evaluation.retrieval import Bm25, dense, evaluate_retrieval
 
-    held_out = read_pairs(pairs, limit=limit)
     with Embedder.load(model) as embedder:
-        table = evaluate_retrieval({"bm25": Bm25, model: dense(embedder)}, held_out)
+        table = evaluate_retrieval({"bm25": Bm25, model: dense(embedder)}, pairs)
     if as_json:
         scores = [
             {"name": score.name, "language": score.language, "queries": score.num_queries,

@@ -47,7 +47,8 @@ for event in train_run(Job.of(recipe), folder, build(recipe, texts), causal_loss
 
 def losses(folder: Path) -> list[dict[str, Any]]:
     return [
-        {k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(folder / "metrics.jsonl")
+        {k: v for k, v in row.items() if k not in ("tokens_per_second", "seconds")}
+        for row in read_metrics(folder / "metrics.jsonl")
     ]
 
 
