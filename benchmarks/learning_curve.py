@@ -20,14 +20,16 @@ from typing import Any
 import numpy as np
 
 from bimo.cli.follow import note
+from bimo.cli.train import fit_stage
 from bimo.cli.tuning import StageData, open_stage_base, prepare_stage, task_documents
 from bimo.data.selection import METHODS
+from bimo.errors import UsageError
 from bimo.evaluation.classification import Classifier, score_classes
 from bimo.evaluation.learning_curve import Numbers, Trained, curve_lines, learning_curve
 from bimo.evaluation.linear import LinearClassifier
 from bimo.recipe import load_recipe
-from bimo.training.finetune import stage_job, tunable_model
-from bimo.training.session import Texts, train_run
+from bimo.runtime import Ranks
+from bimo.training.session import Texts
 
 
 def quiet(label: str, done: int, total: int) -> None:
@@ -66,13 +68,7 @@ def main() -> None:
             file = data.write(f"train-{task.name}", lambda: [pool[number] for number in chosen], repr(chosen.tolist()))
             texts = Texts({task.name: file}, {}, base.tokenizer)
             seeded = recipe.model_copy(update={"seed": seed})
-            job = stage_job(seeded, stage, base, texts, data.kind.make_loader)
-            model = tunable_model(base, stage, data.kind.with_heads, seed=seed, training=job.training)
-            with contextlib.closing(
-                train_run(job, folder, model, data.kind.loss, texts, note, make_loader=data.kind.make_loader)
-            ) as events:
-                for _ in events:
-                    pass
+            fit_stage(seeded, stage, folder, data, texts, Ranks())
             classifier = Classifier(folder / "model", max_tokens=data.length)
             told = classifier([document.text for document in held_out])
             score = score_classes(truth, [one.label for one in told]).macro_f1
@@ -90,7 +86,7 @@ def main() -> None:
             scores = []
             for seed in range(arguments.seeds):
                 some = [pool[number] for number in np.random.default_rng(seed).permutation(len(pool))[:count]]
-                with contextlib.suppress(Exception):  # of one class only
+                with contextlib.suppress(UsageError):  # of one class only
                     linear = LinearClassifier.fit([one.text for one in some], [one.label for one in some])
                     told = linear([document.text for document in held_out])
                     scores.append(score_classes(truth, [one.label for one in told]).macro_f1)

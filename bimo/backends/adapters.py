@@ -138,9 +138,10 @@ def attach_adapter(model: nn.Module, folder: Path, dtype: torch.dtype, *, merge:
 
 def is_mergeable(folder: Path) -> bool:
     """Whether an adapter is a change of its base's matrices."""
+    from bimo.formats.merging import MERGEABLE
     from bimo.formats.peft import read_adapter
 
-    return read_adapter(folder).kind in ("lora", "adalora")
+    return read_adapter(folder).kind in MERGEABLE
 
 
 def unmerged(folder: Path | None, reference: str) -> str | None:

@@ -117,11 +117,12 @@ class Embedder:
         from bimo.engine.packing import pack_linear_layers
 
         model = load_encoder(directory, getattr(torch, number_type)).to(device).requires_grad_(False)
+        plain = adapter is None or is_mergeable(adapter)
         if adapter is not None:
-            attach_adapter(model, adapter, getattr(torch, number_type), merge=(mergeable := is_mergeable(adapter)))
+            attach_adapter(model, adapter, getattr(torch, number_type), merge=plain)
         model.pooler = model.masked_head = model.next_sentence_head = model.classifier = None  # not asked here
         num_parameters = sum(weight.numel() for weight in model.parameters())
-        if adapter is None or mergeable:
+        if plain:
             pack_linear_layers(model)
         return_free_memory()
         limits = [config.max_positions, *(limit for limit in (trained_length, context_length) if limit)]

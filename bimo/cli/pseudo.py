@@ -39,14 +39,15 @@ def add_pseudo_labels(
     are better. Raises DataError when the model is sure of none.
     """
     from bimo.evaluation.classification import Classifier
-    from bimo.training.finetune import PSEUDO
+    from bimo.training.finetune import PSEUDO, pseudo_folder
 
     stage, wish = data.stage, data.stage.pseudo_labels
     assert wish is not None
     recipe = DataRecipe(sources=(wish.source,), clean=stage.clean, validation=0.0, passage_chars=stage.passage_chars)
     prepared = prepare(recipe, data.folder / "unlabelled", progress=progress)
     known = {document.text.strip() for split in ("train", "validation") for document in data.documents(split)}
-    place = data.folder / "tokens" / f"train-{PSEUDO}-{number}"
+    place = data.folder / "tokens" / pseudo_folder(number)
+    task = wish.task if len(stage.task) > 1 else None  # of one task classes have plain names
     tally, count = PseudoTally(), 0
 
     def unlabelled() -> Iterator[Document]:
@@ -59,7 +60,7 @@ def add_pseudo_labels(
 
     def sure() -> Iterator[Document]:
         classifier = Classifier(teacher, max_tokens=data.length)
-        yield from pseudo_labels(classifier, unlabelled(), wish.threshold, tally=tally, task=wish.task)
+        yield from pseudo_labels(classifier, unlabelled(), wish.threshold, tally=tally, task=task)
 
     lineage = json.loads((teacher / "bimo.json").read_text(encoding="utf-8"))
     mark = f"{lineage['mark']} {prepared.manifest['mark']} {wish.model_dump_json()}"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bimo.runtime import Ranks
     from bimo.training.session import Texts
 
-__all__ = ["run_stages", "show_stage", "train"]
+__all__ = ["fit_stage", "run_stages", "show_stage", "train"]
 
 T = TypeVar("T")
 
@@ -129,11 +129,11 @@ def _train_stage(recipe: Recipe, stage: StageRecipe, folder: Path, workers: int 
     labelled = []
     for number in range(stage.pseudo_labels.rounds if stage.pseudo_labels else 0):
         teacher = place / f"teacher-{number}"
-        _fit(recipe, stage, teacher, data, texts, ranks)
+        fit_stage(recipe, stage, teacher, data, texts, ranks)
         texts, tally = once(partial(add_pseudo_labels, data, texts, teacher / "model", number))
         tell(f"round {number + 1}: {tally['about']}")
         labelled.append(tally)
-    lineage, peak = _fit(recipe, stage, place, data, texts, ranks)
+    lineage, peak = fit_stage(recipe, stage, place, data, texts, ranks)
     return {
         "stage": stage.name,
         "kind": data.kind.name,
@@ -146,7 +146,7 @@ def _train_stage(recipe: Recipe, stage: StageRecipe, folder: Path, workers: int 
     }
 
 
-def _fit(
+def fit_stage(
     recipe: Recipe, stage: StageRecipe, place: Path, data: StageData, texts: Texts, ranks: Ranks
 ) -> tuple[dict[str, Any], float | None]:
     """Train place/model, if it is not there: its bimo.json, and the memory it took at most where it was trained."""

@@ -1,6 +1,6 @@
 """What a mail says: its subject and its text, without the headers of its way and without attachments.
 
-    text, subject = mail_text(data)             # of an .eml file, RFC 5322 and MIME
+    text, subject = mail_text(iter([data]))     # of an .eml file, RFC 5322 and MIME
 
 Mails are written by all kinds of programs: a header or a character set that is none is read as well as it can be.
 """
@@ -8,20 +8,26 @@ Mails are written by all kinds of programs: a header or a character set that is 
 from __future__ import annotations
 
 import contextlib
-import email
+from collections.abc import Iterable
 from email.errors import MessageError
 from email.header import decode_header, make_header
 from email.message import Message
+from email.parser import BytesFeedParser
 
-from bimo.data.parsers import find_encoding, html_text
+from bimo.data.parsers import MAX_WHOLE, find_encoding, html_text
 
 __all__ = ["mail_text"]
 
 
-def mail_text(data: bytes) -> tuple[str, str]:
+def mail_text(blocks: Iterable[bytes]) -> tuple[str, str]:
     """(the subject, an empty line and the text; the subject). The text is the plain part, where there is one, else that
-    of the HTML part."""
-    message = email.message_from_bytes(data)
+    of the HTML part. Raises ValueError for one that does not fit into memory."""
+    parser, size = BytesFeedParser(), 0
+    for block in blocks:
+        if (size := size + len(block)) > MAX_WHOLE:
+            raise ValueError(f"it has more than {MAX_WHOLE >> 20} million bytes, and must be read as a whole")
+        parser.feed(block)
+    message = parser.close()
     plain: list[str] = []
     pages: list[str] = []
     for part in message.walk():

@@ -480,7 +480,7 @@ def _read_docx(reading: _Reading) -> Iterator[Document]:
 
 
 def _read_eml(reading: _Reading) -> Iterator[Document]:
-    text, title = mail_text(b"".join(reading.blocks()))
+    text, title = mail_text(reading.blocks())
     return reading.pieces(iter([text]), title)
 
 

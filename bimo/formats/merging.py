@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["lora_matrices", "merged_weights"]
+__all__ = ["MERGEABLE", "lora_matrices", "merged_weights"]
+
+MERGEABLE = ("lora", "adalora")  # kinds that are a change of matrices
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def lora_matrices(
 def _changes(folder: Path, config: ModelConfig) -> tuple[dict[str, list[_Change]], dict[str, Tensor]]:
     """Of each weight, and heads' weights."""
     file = read_adapter(folder)
-    if file.kind not in ("lora", "adalora"):
+    if file.kind not in MERGEABLE:
         raise UsageError(
             f"{folder} is a {file.kind} adapter, which is no change of matrices: it cannot be merged, nor stand beside "
             f"others; use it with its base {file.base} alone",

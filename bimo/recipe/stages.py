@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+RESERVED = {"replay", "general", "pseudo"}  # files of a stage beside its tasks
 TARGETS: tuple[Target, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -307,4 +308,6 @@ class StageRecipe(Section):
         names = [task.name for task in tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two tasks are called {twice[0]}")
+        if taken := sorted(RESERVED & set(names)):
+            raise ValueError(f"a task is called {taken[0]}, as bimo calls text of its own: give it another name")
         return tasks

@@ -39,6 +39,7 @@ __all__ = [
     "check_stage",
     "objective_kind",
     "open_base",
+    "pseudo_folder",
     "row_length",
     "stage_job",
     "tunable_model",
@@ -66,6 +67,11 @@ def open_base(reference: str, directory: Path) -> Base:
     weights = [(file.name, file.stat().st_size) for file in sorted(directory.glob("*.safetensors"))]
     mark = fingerprint(directory / "config.json", directory / "tokenizer.json", weights)
     return Base(reference, directory, read_model_config(directory), Tokenizer.from_directory(directory), mark)
+
+
+def pseudo_folder(number: int) -> str:
+    """Of the token file with a round's labels: by a folder's name its loss is weighted."""
+    return f"train-{PSEUDO}-{number}"
 
 
 def objective_kind(stage: StageRecipe, config: ModelConfig) -> str:
@@ -114,7 +120,7 @@ def check_stage(stage: StageRecipe, config: ModelConfig) -> None:
             raise UsageError(f"pseudo_labels are classes, and this stage learns {kind}: leave them out",
                              "pseudo_labels")  # fmt: skip
         names = [task.name for task in stage.task]
-        if len(names) > 1 and stage.pseudo_labels.task not in names:
+        if stage.pseudo_labels.task not in (names if len(names) > 1 else [*names, None]):
             raise UsageError(f"pseudo_labels.task says whose classes the texts get, one of {', '.join(names)}",
                              "pseudo_labels")  # fmt: skip
     if kind != "answers" and stage.replay.source is not None:

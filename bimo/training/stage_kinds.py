@@ -36,7 +36,7 @@ from bimo.objectives.seq2seq import seq2seq_loss
 from bimo.objectives.unlikelihood import with_penalty
 from bimo.recipe import StageRecipe
 from bimo.training.build import with_classes
-from bimo.training.finetune import PSEUDO, Base, objective_kind
+from bimo.training.finetune import Base, objective_kind, pseudo_folder
 from bimo.training.replay import NAME as REPLAY
 
 __all__ = ["STAGE_KINDS", "StageKind", "stage_kind"]
@@ -139,9 +139,9 @@ def _cut(document: str, reason: str) -> None:
 def _loss_weights(stage: StageRecipe) -> dict[str, float]:
     """w of each file in the joint loss, by its folder's name; replay's makes up its share of it."""
     weights = {f"train-{task.name}": task.loss_weight for task in stage.task}
+    if (wish := stage.pseudo_labels) is not None:
+        weights |= {pseudo_folder(number): wish.loss_weight for number in range(wish.rounds)}
     share = min(stage.replay.share, 0.99)
-    if stage.pseudo_labels is not None:
-        weights[f"train-{PSEUDO}"] = stage.pseudo_labels.loss_weight
     return weights | {f"train-{REPLAY}": sum(weights.values()) * share / (1 - share) or 1.0}
 
 

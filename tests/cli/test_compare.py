@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from bimo.cli.main import main
-from tests.cli.test_train_kinds import STAGE, write_rows
-from tests.encoders import TEXTS, make_encoder
+from tests.cli.test_train_kinds import STAGE, write_notes
+from tests.encoders import make_encoder
 
 COMPARE = """
 [compare]
@@ -35,11 +35,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         .replace("steps = 40", "steps = 8")
     )
     file.write_text(stage + COMPARE, encoding="utf-8")
-    rows = [
-        {"text": f"{text} {number}", "label": language}
-        for language, texts in TEXTS.items() for text in texts for number in range(6)
-    ]  # fmt: skip
-    write_rows(tmp_path / "notes.jsonl", rows)
+    write_notes(tmp_path / "notes.jsonl", 6)
     monkeypatch.chdir(tmp_path)
     return file
 

@@ -40,16 +40,18 @@ def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def write_notes(file: Path, copies: int) -> None:
+    """Texts whose class is their language."""
+    numbered = [(text, language, n) for language, texts in TEXTS.items() for text in texts for n in range(copies)]
+    write_rows(file, [{"text": f"{text} {number}", "label": language} for text, language, number in numbered])
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     base = make_encoder(tmp_path / "base")
     file = tmp_path / "recipe.toml"
     file.write_text(STAGE.replace("BASE", str(base)), encoding="utf-8")
-    rows = [
-        {"text": f"{text} {number}", "label": language}
-        for language, texts in TEXTS.items() for text in texts for number in range(12)
-    ]  # fmt: skip
-    write_rows(tmp_path / "notes.jsonl", rows)
+    write_notes(tmp_path / "notes.jsonl", 12)
     monkeypatch.chdir(tmp_path)
     return file
 
@@ -82,6 +84,7 @@ def test_pseudo_labels_are_those_of_the_first_model(recipe: Path, capsys: pytest
         'stage.0.pseudo_labels.source={name = "more", path = "more.jsonl"}',
         "stage.0.pseudo_labels.threshold=0.6",
         "stage.0.pseudo_labels.rounds=2",
+        "stage.0.pseudo_labels.task=notes",
     )
     result = train(recipe, capsys, *wishes)
     first, second = result["pseudo_labels"]
@@ -95,6 +98,8 @@ def test_pseudo_labels_are_those_of_the_first_model(recipe: Path, capsys: pytest
     again = train(recipe, capsys, *wishes)  # nothing is done twice, and the tally is still told
     assert again["pseudo_labels"] == result["pseudo_labels"]
     assert (place / "model" / "model.safetensors").stat().st_mtime_ns == before
+    heavy = train(recipe, capsys, *wishes, "stage.0.pseudo_labels.loss_weight=30", "name=heavy")
+    assert heavy["figures"]["loss"] != result["figures"]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,8 @@ def test_pseudo_labels_are_those_of_the_first_model(recipe: Path, capsys: pytest
     [
         ("stage.0.pseudo_labels.threshold=0.99999", "sure of none of"),
         ("stage.0.task.0.weight=0", "a task of weight 0 is only scored"),
+        ("stage.0.task.0.name=pseudo", "a task is called pseudo"),
+        ("stage.0.pseudo_labels.task=nots", "whose classes the texts get, one of notes"),
     ],
 )
 def test_nothing_to_learn_from(recipe: Path, wish: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ def test_the_plain_part_without_headers_and_attachments() -> None:
     mail.set_content("您好，\n发票见附件。\n")
     mail.add_alternative("<p>您好，<b>发票</b>见附件。</p>", subtype="html")
     mail.add_attachment("secret,1\n", filename="a.csv")
-    text, subject = mail_text(bytes(mail))
+    text, subject = mail_text([bytes(mail)])
     assert subject == "发票 📎 und Grüße"
     assert text == f"{subject}\n\n您好，\n发票见附件。"
 
@@ -31,7 +31,7 @@ def test_html_alone_is_read_as_a_page() -> None:
     mail = EmailMessage()
     mail["Subject"] = "win"
     mail.set_content("<html><style>p{}</style><p>Click <a href='x'>here</a> &amp; win</p></html>", subtype="html")
-    assert mail_text(bytes(mail))[0] == "win\n\nClick here & win"
+    assert mail_text([bytes(mail)])[0] == "win\n\nClick here & win"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_html_alone_is_read_as_a_page() -> None:
     ],
 )  # fmt: skip
 def test_what_senders_get_wrong(headers: bytes, body: bytes, expected: str | None) -> None:
-    text, _ = mail_text(headers + b"\n" + body)
+    text, _ = mail_text([headers, b"\n", body])
     assert expected is None or text == expected
 
 
@@ -57,8 +57,14 @@ def test_what_senders_get_wrong(headers: bytes, body: bytes, expected: str | Non
     st.binary(max_size=300), st.sampled_from([b"", b"Subject: ", b"Content-Type: multipart/mixed; boundary=a\n\n--a\n"])
 )
 def test_any_bytes_are_read(data: bytes, start: bytes) -> None:
-    text, _ = mail_text(start + data)
+    text, _ = mail_text([start + data])
     text.encode("utf-8")  # no halves of characters
+
+
+def test_a_mail_that_would_fill_the_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bimo.data.mail.MAX_WHOLE", 1 << 20)
+    with pytest.raises(ValueError, match="more than 1 million bytes"):
+        mail_text(b"x" * 1000 for _ in range(2000))
 
 
 def test_a_folder_of_mails(tmp_path: Path) -> None:
