@@ -15,13 +15,13 @@ __all__ = ["COLOURS", "picture"]
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#9333ea")
 
 
-def picture(draw: Callable[[Any], object], size: tuple[float, float] = (5.2, 2.9)) -> str:
+def picture(draw: Callable[[Any], object]) -> str:
     """What `draw` draws, as SVG. Its text stays text: the reader's browser has the Chinese letters, matplotlib not."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     axes.grid(alpha=0.25)
