@@ -18,6 +18,7 @@ from bimo.formats.integrity import Progress
 __all__ = ["human_bytes", "human_count", "progress_display", "show_cursor"]
 
 PATIENCE = 0.5  # seconds a stage may take before it is worth a line in a log
+FEW = 100_000  # what is counted up to here is texts or rows: so few bytes take no time
 
 
 def human_bytes(count: float) -> str:
@@ -61,20 +62,32 @@ def _lines() -> Progress:
         begun = started.setdefault(label, now)
         if label not in told and (now - begun > PATIENCE or not total):
             told.add(label)
-            print(f"{label}{f' ({human_bytes(total)})' if total else ''} ...", file=sys.stderr, flush=True)
+            print(f"{label}{f' ({_amount(total, total)})' if total else ''} ...", file=sys.stderr, flush=True)
 
     return report
 
 
+def _amount(count: float, total: float) -> str:
+    """Of a total in bytes "98.4 MB"; of one that is too small for bytes "64"."""
+    return f"{count:,.0f}" if total < FEW else human_bytes(count)
+
+
 @contextmanager
 def _bar() -> Iterator[Progress]:
-    """A rich bar with bytes, speed and time left; gone when the work is done."""
+    """A rich bar with what is done, speed and time left; gone when the work is done."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    class Amount(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            total = task.total or 0
+            speed = f"  {_amount(task.speed, total)}/s" if task.speed and total else ""
+            return Text(f"{_amount(task.completed, total)}/{_amount(total, total)}{speed}" if total else "")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), Amount(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
         def report(label: str, done: int, total: int) -> None:

@@ -165,7 +165,7 @@ def fit_stage(
     model = tunable_model(base, stage, kind.with_heads, seed=recipe.seed, training=job.training, device=str(device))
     sizes = [weight.numel() for weight in model.parameters() if weight.requires_grad]
     whole = sum(weight.numel() for weight in model.parameters())
-    tell(f"{base.reference}: {sum(sizes) / 1e6:.2f}M of {whole / 1e6:.1f}M parameters are trained, "
+    tell(f"{base.reference}: {sum(sizes) / 1e6:.2f}M of {whole / 1e6:.2f}M parameters are trained, "
          f"{job.training.steps} steps of {job.training.batch_tokens} tokens"
          + (f", {ranks.world_size} processes" if ranks.world_size > 1 else ""))  # fmt: skip
     job = replace(job, about={**job.about, "trained": sum(sizes), "parameters": whole})

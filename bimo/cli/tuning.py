@@ -10,6 +10,7 @@ folder/NAME/data/        the stage's examples, cleaned and divided, and their ma
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -29,7 +30,15 @@ if TYPE_CHECKING:
     from bimo.training.finetune import Base
     from bimo.training.session import Texts
 
-__all__ = ["StageData", "open_stage_base", "prepare_stage", "stage_folder", "stage_texts", "task_documents"]
+__all__ = [
+    "StageData",
+    "augmented_copies",
+    "open_stage_base",
+    "prepare_stage",
+    "stage_folder",
+    "stage_texts",
+    "task_documents",
+]
 
 SHOWN = 5  # rows that are named one by one
 
@@ -157,11 +166,22 @@ class StageData:
 
         encoded = self.kind.encode(counted(), self.length, lambda document, reason: refused.append((document, reason)))
         file = write_tokens(place, encoded, vocab_size=self.base.tokenizer.vocab_size, mark=mark)
+        refused = [row for row in refused if not self._dropped_copy(name, *row)]
         if chosen and refused:
             self.refused += refused
             if self.stage.too_long == "stop":
                 place.joinpath("about.json").unlink()  # made again when the recipe says otherwise
         return file
+
+    def _dropped_copy(self, name: str, document: str, reason: str) -> bool:
+        """Whether it was an altered copy that did not fit, which nobody can shorten: it is counted as dropped."""
+        from bimo.data.augment import copy_kind
+
+        if (made := self.augmented.get(name.removeprefix("train-"))) is None or (kind := copy_kind(document)) is None:
+            return False
+        made["copies"][kind] -= 1
+        made["dropped"][reason] = made["dropped"].get(reason, 0) + 1
+        return True
 
     def check_refused(self, tell: Callable[[str], None]) -> None:
         """Raise DataError naming the examples that were refused, or tell how many are left out."""
@@ -186,6 +206,9 @@ def stage_texts(data: StageData, tell: Callable[[str], None]) -> Texts:
     train, validation = {}, {}
     for task in stage.task:
         train[task.name] = data.write(f"train-{task.name}", partial(_augmented, task, data))
+        if (made := data.augmented.get(task.name)) is not None:
+            _copies_file(data.folder, task).write_text(json.dumps(made), encoding="utf-8")
+            tell(f"{task.name}: {_told(made)}")
         file = data.write(f"validation-{task.name}", partial(task_documents, prepared, "validation", task))
         if len(file.tokens):
             validation[task.name] = file
@@ -199,6 +222,25 @@ def stage_texts(data: StageData, tell: Callable[[str], None]) -> Texts:
             tell("the base wrote no text worth remembering, so forgetting is not measured: name a replay.source")
     data.check_refused(tell)
     return Texts(train, validation, data.base.tokenizer)
+
+
+def augmented_copies(folder: Path, stage: StageRecipe) -> dict[str, dict[str, dict[str, int]]]:
+    """{task: {"copies": how many of each kind, "dropped": why there are no more}} of the tasks that were augmented."""
+    return {
+        task.name: json.loads(file.read_text(encoding="utf-8"))
+        for task in stage.task
+        if task.augment and (file := _copies_file(folder, task)).is_file()
+    }
+
+
+def _copies_file(folder: Path, task: TaskRecipe) -> Path:
+    return folder / "tokens" / f"train-{task.name}" / "copies.json"  # goes when the tokens are made again
+
+
+def _told(made: dict[str, dict[str, int]]) -> str:
+    """Of altered copies, for people."""
+    copies, dropped = (", ".join(f"{count:,} {kind}" for kind, count in row.items()) for row in made.values())
+    return f"altered copies: {copies or 'none'}" + (f"; dropped: {dropped}" if dropped else "")
 
 
 def _augmented(task: TaskRecipe, data: StageData) -> Iterator[Document]:
@@ -226,12 +268,19 @@ def _back_translated(
 
     assert task.augment is not None and task.augment.back_translation is not None
     there, back = task.augment.back_translation
+    total = sum(1 for _ in task_documents(prepared, "train", task))
+
+    def counted() -> Iterator[Document]:
+        for number, document in enumerate(task_documents(prepared, "train", task), 1):
+            progress("translating there and back", number, total)
+            yield document
+
     with bimo.load(there, progress=progress) as first, bimo.load(back, progress=progress) as second:
         yield from augmenter.back_translate(
-            task_documents(prepared, "train", task),
-            ModelTranslator(first.backend, progress=lambda done, total: progress("translating", done, total)),
-            ModelTranslator(second.backend, progress=lambda done, total: progress("translating back", done, total)),
-            language=task.language or "",
+            counted(),
+            ModelTranslator(first.backend),
+            ModelTranslator(second.backend),
+            language="" if task.parallel else task.language or "",  # of a parallel source it is that of the answers
         )
 
 

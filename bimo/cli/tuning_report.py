@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bimo.cli.tuning import augmented_copies
 from bimo.cli.tuning_tables import KINDS
 from bimo.data.documents import read_documents
 from bimo.data.pipeline import Prepared
@@ -46,6 +47,9 @@ def write_stage_report(recipe: Recipe, stage: StageRecipe, folder: Path, kind: s
         else:
             tables, found = KINDS[kind](recipe, stage, place, lineage, progress)
     figures |= found
+    if augmented := augmented_copies(place, stage):
+        figures["augmented"] = augmented
+        tables = [_copies(augmented), *tables]
     facts = [
         ("base 基座", lineage.get("parent", ""), ""),
         ("adapter 适配器", stage.adapter.kind if stage.adapter else "none: all weights 无：全部权重", ""),
@@ -76,6 +80,17 @@ def _lines(figures: dict[str, Any], unit: str) -> dict[str, str]:
         before, after, words = (row[name]["recall@5"] for name in ("before", "after", "bm25"))
         lines[f"search {language}"] = f"recall@5 {before:.3f} -> {after:.3f} (BM25 {words:.3f})"
     return lines
+
+
+def _copies(augmented: dict[str, dict[str, dict[str, int]]]) -> Table:
+    rows = [
+        (f"{task}: {kind}", f"{count:,}", "dropped 舍弃" if what == "dropped" else "")
+        for task, made in augmented.items()
+        for what in ("copies", "dropped")
+        for kind, count in made[what].items()
+    ]
+    note = "of training examples only, each with the id of its example 仅训练样例，编号含原样例"
+    return Table("Altered copies 改写副本", ("", "examples 样例", ""), rows, note)
 
 
 def _first_and_last(place: Path) -> tuple[dict[str, float], dict[str, float]]:

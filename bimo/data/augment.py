@@ -42,7 +42,7 @@ from bimo.errors import UsageError
 from bimo.recipe import AugmentRecipe
 from bimo.registries.trouble import Progress
 
-__all__ = ["KINDS", "Augmenter", "Translate", "insertions", "replacements", "swaps"]
+__all__ = ["KINDS", "Augmenter", "Translate", "copy_kind", "insertions", "replacements", "swaps"]
 
 Translate = Callable[[list[str]], list[str]]
 """Texts -> their translations, one of each."""
@@ -50,8 +50,15 @@ Translate = Callable[[list[str]], list[str]]
 KINDS = ("synonyms", "insert", "swap", "delete", "homophones", "shapes", "typos")  # the recipe's names
 STARTS = re.compile(r"(?:[.!?…。！？\n]|\A)[\s\"“‘'(*-]*\Z")  # what stands before a sentence's first word
 ACRONYM = 4  # letters: shorter words in capitals are IT and US, no shouted words
+COPY = re.compile(rf"\+({'|'.join((*KINDS, 'back_translation'))})\d*\Z")  # the end of an id
 TRIES = 5  # of a kind whose copies are there already: a short text has few
 MAX_RATIO = 3  # a translation of a translation that is so much longer is a model going round in circles
+
+
+def copy_kind(identity: str) -> str | None:
+    """How the document of that id was altered; None: it is no copy."""
+    found = COPY.search(identity)
+    return found and found.group(1)
 
 
 def replacements(synonyms: Synonyms, pieces: Pieces, share: float, random: Random, least: int = 0) -> str:

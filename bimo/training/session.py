@@ -165,13 +165,13 @@ class _Run:
         self._prepare_model(model)
         self.objective = parallelize(model, objective, self.training.parallel, ranks)
         self.state = TrainingState(model, make_optimizers(model, self.training), self._loader(0), ranks=ranks)
-        self._resume()
+        resumed = self._resume()
         settings = {
             "parameters": sum(weight.numel() for weight in model.parameters()),
             **self.training.model_dump(mode="json"),
         }
         start = self.state.step
-        self.metrics = _Metrics(folder / "metrics.jsonl", start) if ranks.is_main else None
+        self.metrics = _Metrics(folder / "metrics.jsonl", start if resumed else -1) if ranks.is_main else None
         self.trackers: list[Tracker] = [
             TRACKERS[name](folder, job.name, settings, start) for name in self.training.trackers if ranks.is_main
         ]
@@ -242,10 +242,11 @@ class _Run:
                 self.warn(f"source {name} has {len(file.tokens)} tokens, less than one row of {length}: it is not read")
         return loader
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Whether there was something to go on from."""
         path = from_main(self.ranks, lambda: latest_checkpoint(self.folder / "checkpoints", self.warn))
         if path is None:
-            return
+            return False
         step = json.loads((path / "training.json").read_text(encoding="utf-8"))["step"]
         self.state.loader = self._loader(step)
         about = load_checkpoint(path, self.state)
@@ -257,6 +258,7 @@ class _Run:
             )
         self.best, self.since_best = about["best"] or float("inf"), about["since_best"]
         self.scores, self.evaluated_at = about["scores"], about["evaluated_at"]
+        return True
 
     def _prepare_model(self, model: Any) -> None:
         """What changes how the model computes, not what it is."""
@@ -342,7 +344,8 @@ def _checkpointed(checkpoint: Callable[..., Any], forward: Callable[..., Any]) -
 
 
 class _Metrics:
-    """metrics.jsonl: what is after `step` belongs to a process that died, and comes again."""
+    """metrics.jsonl: what is after `step` belongs to a process that died, and comes again; -1: all of it, of another
+    recipe that ended here before."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= step]

@@ -231,6 +231,32 @@ path = "pairs.jsonl"
     assert {"before", "after", "translation memory"} <= figures.keys()
     assert figures["after"]["chrf"] > figures["before"]["chrf"]
     assert "BLEU" in Path(result["report"]).read_text(encoding="utf-8")
+    check_back_translation(recipe, words, capsys)
+
+
+def check_back_translation(recipe: Path, words: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`language` is that of the answers, so it must not decide which questions are read. The translator is its own way
+    back, and what it writes may be empty; tests/data/test_augment.py has copies."""
+    for place, names in (("en", list(words)), ("zh", list(words.values()))):
+        Path(place).mkdir()
+        for page, one in enumerate(names):
+            texts = (f'<p id="p{number}">{one} {other}</p>' for number, other in enumerate(names))
+            Path(place, f"{page}.html").write_text(f"<html><body>{''.join(texts)}</body></html>", encoding="utf-8")
+    pages = 'name = "pages"\npath = "en"\nformat = "html"\nlanguage = "zh"\nparallel = {path = "zh"}\n'
+    start, task = '[[stage]]\nname = "more"\n', '[[stage.task]]\nname = "pairs"\npath = "pairs.jsonl"\n'
+    text = recipe.read_text(encoding="utf-8")
+    assert start in text and task in text
+    text = text.replace(start, f'{start}base = "runs/pairs/more/model"\n').replace(task, f"[[stage.task]]\n{pages}")
+    recipe.write_text(text, encoding="utf-8")
+    models = '["runs/pairs/more/model", "runs/pairs/more/model"]'
+    wishes = (f"stage.0.task.0.augment={{back_translation = {models}}}", "stage.0.training.steps=1", "report.pairs=1")
+    result = train(recipe, capsys, *wishes, "name=pages")
+    made = result["figures"]["augmented"]["pages"]
+    assert sum(made["copies"].values()) + sum(made["dropped"].values()) == 12
+    assert "another language" not in made["dropped"]
+    assert "改写副本" in Path(result["report"]).read_text(encoding="utf-8")
+    held_out = Path("runs/pages/more/tokens/validation-pages/ids.txt").read_text(encoding="utf-8")
+    assert held_out and "+" not in held_out
 
 
 def test_the_recipe_with_pseudo_labels_reads_back(recipe: Path) -> None:

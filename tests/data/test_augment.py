@@ -13,7 +13,7 @@ from random import Random
 import pytest
 from pydantic import ValidationError
 
-from bimo.data.augment import KINDS, Augmenter, insertions, replacements, swaps
+from bimo.data.augment import KINDS, Augmenter, copy_kind, insertions, replacements, swaps
 from bimo.data.noise import question_of
 from bimo.data.records import Document, Message
 from bimo.data.synonyms import Synonyms
@@ -215,6 +215,7 @@ def test_back_translation_goes_there_and_back_in_batches() -> None:
         ("d5+back_translation", "可以", "x"),
     ]
     assert calls == [4, 2]
+    assert [copy_kind(name) for name in (copies[0].id, "d7+typos2", "a+b")] == ["back_translation", "typos", None]
     assert made.copies == Counter(back_translation=2)
     assert made.dropped == Counter(
         {"identical": 1, "empty": 1, "loses what must stay": 1, "far longer": 1, "another language": 1}
