@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,20 +61,20 @@ def run(
             f"a model of kind {loaded.model.kind} needs tokenizer.kind {fits}, not {loaded.tokenizer.kind}", "tokenizer"
         )
     folder, ranks = run_folder(loaded, out), ranks_of_process()
-    if ranks.world_size > 1:
-        trained = _together(loaded, folder, ranks, lambda: _prepare(loaded, folder, until, workers, executor))
-        if not ranks.is_main:
-            return
-    else:
-        texts = _prepare(loaded, folder, until, workers, executor)
+    prepare = partial(_prepare, loaded, folder, until, workers, executor)
+    with _together(ranks):
+        texts = prepare() if ranks.world_size == 1 else _from_first(prepare, ranks)
         trained = _train(loaded, folder, texts, ranks) if texts else {}
-    result: dict[str, Any] = {"run": str(folder), "manifest": str(folder / "data" / "manifest.html"), **trained}
-    if until == "report":
-        result |= _report(loaded, folder)
-        if loaded.stage:
-            from bimo.cli.train import run_stages
+        result: dict[str, Any] = {"run": str(folder), "manifest": str(folder / "data" / "manifest.html"), **trained}
+        if until == "report":
+            if ranks.is_main:
+                result |= _report(loaded, folder)
+            if loaded.stage:
+                from bimo.cli.train import run_stages
 
-            result["stages"] = run_stages(loaded, folder, workers=workers)
+                result["stages"] = run_stages(loaded, folder, workers=workers, ranks=ranks)
+    if not ranks.is_main:
+        return
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
@@ -110,11 +112,19 @@ def _prepare(recipe: Recipe, folder: Path, until: Stage, workers: int | None, ex
         return None if until == "tokenizer" else make_tokens(recipe, folder, prepared, tokenizer, progress)
 
 
-def _together(recipe: Recipe, folder: Path, ranks: Ranks, prepare: Callable[[], Texts | None]) -> dict[str, Any]:
-    """On several processes: the first one prepares, the others open what it made, all train."""
+def _together(ranks: Ranks) -> AbstractContextManager[None]:
+    if ranks.world_size == 1:
+        return nullcontext()
+    from bimo.training.distributed import process_group
+
+    return process_group(ranks)
+
+
+def _from_first(prepare: Callable[[], Texts | None], ranks: Ranks) -> Texts | None:
+    """Of several processes the first one prepares, the others open what it made."""
     from bimo.data.shards import TokenFile
     from bimo.tokenizer.load import Tokenizer
-    from bimo.training.distributed import from_main, process_group
+    from bimo.training.distributed import from_main
     from bimo.training.session import Texts
 
     def places() -> tuple[Path, dict[str, Path], dict[str, Path]] | None:
@@ -124,12 +134,11 @@ def _together(recipe: Recipe, folder: Path, ranks: Ranks, prepare: Callable[[], 
         train, validation = ({name: file.folder for name, file in part.items()} for part in parts)
         return texts.tokenizer.directory, train, validation
 
-    with process_group(ranks):
-        if (made := from_main(ranks, places)) is None:
-            return {}
-        tokenizer, *parts = made
-        train, validation = ({name: TokenFile.open(place) for name, place in part.items()} for part in parts)
-        return _train(recipe, folder, Texts(train, validation, Tokenizer.from_directory(tokenizer)), ranks)
+    if (made := from_main(ranks, places)) is None:
+        return None
+    tokenizer, *parts = made
+    train, validation = ({name: TokenFile.open(place) for name, place in part.items()} for part in parts)
+    return Texts(train, validation, Tokenizer.from_directory(tokenizer))
 
 
 def _train(recipe: Recipe, folder: Path, texts: Texts, ranks: Ranks) -> dict[str, Any]:

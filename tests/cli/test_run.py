@@ -201,13 +201,31 @@ def test_ctrl_c_keeps_every_step(recipe: Path) -> None:
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+STAGE = """
+[[stage]]
+name = "talk"
+replay = {share = 0}
+too_long = "skip"
+training = {steps = 2, batch_tokens = 128}
+[[stage.task]]
+name = "talk"
+path = "talk.jsonl"
+prompt = "q"
+answer = "a"
+"""
+
+
 def test_two_processes_do_it_once(recipe: Path) -> None:
+    with recipe.open("a", encoding="utf-8") as stream:
+        stream.write(STAGE)
     command = [*TORCHRUN, "-m", "bimo.cli.main", "run", str(recipe), "--json", "--set", "training.parallel=fsdp"]
-    for _ in range(2):  # the second time nothing is left to do
+    for again in range(2):  # the second time nothing is left to do
         shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert shown.returncode == 0, shown.stderr
         result = json.loads(shown.stdout)  # one process speaks
         assert result["scores"] and Path(result["report"]).is_file()
+        assert [Path(stage["model"]).is_dir() for stage in result["stages"]] == [True]
+        assert ("2 steps of 128 tokens, 2 processes" in shown.stderr) is (again == 0)
     rows = [json.loads(row) for row in Path("runs/small/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "grad_norm" in row] == list(range(1, 13))
     assert main(["run", str(recipe), "--json"]) == 0  # the same run: how it was computed is no part of it
