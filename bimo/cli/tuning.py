@@ -136,6 +136,8 @@ class StageData:
         self.augmented: dict[str, Any] = {}  # of the tasks that were, how many copies of each kind
         augmented = [task.augment.model_dump() for task in stage.task if task.augment]
         lists = [Path(file) for task in stage.task if task.augment for file in task.augment.synonym_files]
+        models = [model for task in stage.task if task.augment for model in task.augment.back_translation or ()]
+        lists += [about for model in models if (about := Path(model, "bimo.json")).is_file()]  # trained anew: another
         tokenizer = base.tokenizer.directory / "tokenizer.json"
         wishes = (self.length, stage.too_long, self.kind.mark, augmented and recipe.seed, augmented)
         self.mark = fingerprint(tokenizer, base.tokenizer.chat_template, prepared.manifest["mark"], wishes, *lists)
