@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from random import Random
+from typing import Any
 
 from bimo.data.confusions import confusions
 from bimo.data.filters import base_code
@@ -116,14 +117,23 @@ class Augmenter:
     """Makes the copies a recipe asks for, and counts them.
 
     copies: by kind. dropped: why there is no copy, or none more: "nothing to alter" (no kind changes this text), and
-    of back-translations "another language", "empty", "identical", "loses what must stay", "far longer".
+    of back-translations "another language", "empty", "identical", "loses what must stay", "far longer", "too
+    different".
     """
 
     def __init__(
-        self, edits: dict[str, tuple[Edit, float]], *, copies: int, seed: int, synonyms: Synonyms, instruction: str
+        self,
+        edits: dict[str, tuple[Edit, float]],
+        *,
+        copies: int,
+        seed: int,
+        synonyms: Synonyms,
+        instruction: str,
+        similarity: float = 0.0,
     ) -> None:
         """Most callers want `Augmenter.of`. edits: name -> what it does, and to which share of the words."""
         self._edits, self._num_copies, self._seed, self._synonyms = edits, copies, seed, synonyms
+        self._similarity = similarity
         self._around = instruction.split("{prompt}") if instruction.count("{prompt}") == 1 else ["", ""]
         self.copies: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
@@ -147,7 +157,8 @@ class Augmenter:
             "typos": misspelt,
         }
         edits = {kind: (every[kind], share) for kind in KINDS if (share := getattr(recipe, kind))}
-        return cls(edits, copies=recipe.copies, seed=seed, synonyms=synonyms, instruction=instruction or "")
+        more: dict[str, Any] = {"instruction": instruction or "", "similarity": recipe.similarity}
+        return cls(edits, copies=recipe.copies, seed=seed, synonyms=synonyms, **more)
 
     def augment(self, document: Document) -> Iterator[Document]:
         """The document's altered copies, at most as many as the recipe says, all different.
@@ -194,7 +205,7 @@ class Augmenter:
                 continue
             copies = _translated(back, _translated(there, [question for _, _, question, _ in fitting]))
             for (document, before, question, after), text in zip(fitting, copies, strict=True):
-                if reason := _useless(question, text):
+                if reason := _useless(question, text, self._similarity):
                     self.dropped[reason] += 1
                 else:
                     self.copies["back_translation"] += 1
@@ -229,7 +240,7 @@ def _translated(translate: Translate, texts: list[str]) -> list[str]:
     return list(translations)
 
 
-def _useless(question: str, text: str) -> str | None:
+def _useless(question: str, text: str, similarity: float) -> str | None:
     """Why a back-translation is not worth learning."""
     if not text.strip():
         return "empty"
@@ -237,7 +248,15 @@ def _useless(question: str, text: str) -> str | None:
         return "identical"
     if Counter(kept(question)) - Counter(kept(text)):
         return "loses what must stay"
-    return "far longer" if len(text) > MAX_RATIO * max(len(question), 10) else None
+    if len(text) > MAX_RATIO * max(len(question), 10):
+        return "far longer"
+    return "too different" if _similarity(question, text) < similarity else None
+
+
+def _similarity(one: str, other: str) -> float:
+    """The share of their pairs of neighbouring characters that two texts have in common (Dice 1945)."""
+    pairs, others = (Counter(pairwise(" ".join(text.casefold().split()))) for text in (one, other))
+    return 2 * (pairs & others).total() / max(1, pairs.total() + others.total())
 
 
 def _synonyms(synonyms: Synonyms, pieces: Pieces, place: int) -> list[str]:

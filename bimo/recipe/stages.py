@@ -90,7 +90,8 @@ class AugmentRecipe(Section):
     homophones: a Chinese character becomes one that sounds alike. shapes: one that looks alike.
     typos: two letters of an English word change places, one is lost, doubled or hit beside its key.
     back_translation: models that translate there and back, such as ["runs/zh-en/model", "runs/en-zh/model"]; one more
-        copy.
+        copy. similarity: it has so much in common with its question at least, by pairs of neighbouring characters
+        (Dice), else the translators lost the meaning; 0: every copy is believed.
     """
 
     copies: Count = 1
@@ -103,11 +104,12 @@ class AugmentRecipe(Section):
     shapes: Share = 0.0
     typos: Share = 0.0
     back_translation: tuple[str, str] | None = None
+    similarity: Share = 0.5
 
     @model_validator(mode="after")
     def _altering(self) -> AugmentRecipe:
         given = self.model_fields_set  # a share of 0 that was written may be one of several that are tried
-        if not given - {"copies", "synonym_files"}:
+        if not given - {"copies", "synonym_files", "similarity"}:
             raise ValueError("augment names no way to alter a text: give a share, such as synonyms = 0.1")
         if self.synonym_files and not given & {"synonyms", "insert"}:
             raise ValueError("synonym_files have no effect without synonyms or insert: give a share of the words")

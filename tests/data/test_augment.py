@@ -123,7 +123,7 @@ def test_kinds_that_do_not_suit_give_way(listed: str) -> None:
 
 
 def test_the_kinds_are_the_recipes() -> None:
-    assert set(KINDS) == set(AugmentRecipe.model_fields) - {"copies", "synonym_files", "back_translation"}
+    assert set(KINDS) == set(AugmentRecipe.model_fields) - {"copies", "synonym_files", "back_translation", "similarity"}
 
 
 def test_the_instruction_around_a_question_stays(listed: str) -> None:
@@ -196,7 +196,7 @@ def translator(table: dict[str, str], calls: list[int] | None = None) -> Callabl
 
 
 def test_back_translation_goes_there_and_back_in_batches() -> None:
-    made = Augmenter.of(AugmentRecipe(back_translation=("zh-en", "en-zh")), 0, silent)
+    made = Augmenter.of(AugmentRecipe(back_translation=("zh-en", "en-zh"), similarity=0.0), 0, silent)
     texts = ["你好吗", "请打开文件", "谢谢你", "共300元", "再见了", "好吧好吧", "Hello there"]
     there = {text: f"en {text}" for text in texts}
     back = {
@@ -224,11 +224,26 @@ def test_back_translation_goes_there_and_back_in_batches() -> None:
 
 
 def test_back_translation_of_dialogues_and_of_instructions() -> None:
-    recipe = AugmentRecipe(back_translation=("a", "b"))
+    recipe = AugmentRecipe(back_translation=("a", "b"), similarity=0.2)
     made = Augmenter.of(recipe, 0, silent, instruction="Translate: {prompt}")
     chat = Document("", "c", "s", messages=(Message("user", "Translate: good day"), Message("assistant", "你好")))
     (copy,) = made.back_translate([chat], translator({"good day": "你好"}), translator({"你好": "fine day"}))
     assert copy.messages == (Message("user", "Translate: fine day"), Message("assistant", "你好"))
+
+
+def test_back_translations_that_mean_something_else_are_dropped() -> None:
+    made = Augmenter.of(AugmentRecipe(back_translation=("a", "b")), 0, silent)
+    texts = ["Specifies the position of the address", "Click in your document", "请先打开这个文件", "怎样保存文件？"]
+    back = [
+        "Specifies the address address address",
+        "Click  on your Document",
+        "请打开这个文件吧",
+        "打印机在哪里？",
+    ]
+    some = [Document(text, f"d{place}", "s") for place, text in enumerate(texts)]
+    copies = made.back_translate(some, translator({}), translator(dict(zip(texts, back, strict=True))))
+    assert [copy.text for copy in copies] == [*back[:3]]
+    assert made.dropped == Counter({"too different": 1})
 
 
 def test_a_translator_that_loses_texts_is_told() -> None:
