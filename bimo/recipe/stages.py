@@ -187,7 +187,7 @@ class RobustRecipe(Section):
     """
 
     kind: Literal["none", "fgm", "pgd", "freelb"] = "none"
-    epsilon: float = Field(default=0.05, gt=0)
+    epsilon: float = Field(default=0.01, gt=0)
     steps: Count = 3
     step_size: float = Field(default=0.4, gt=0)
     neftune: float = Field(default=0.0, ge=0)
