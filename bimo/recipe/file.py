@@ -160,6 +160,8 @@ def _explain(error: ValidationError) -> str:
         known = f"did you mean {near[0]}?" if near else f"known there: {', '.join(section.model_fields)}"
         return f"there is no key {place}; {known}"
     got = "" if first["type"] == "missing" or isinstance(first["input"], dict) else f", not {first['input']!r:.80}"
+    if first["type"] in ("model_type", "model_attributes_type"):  # pydantic names a class that no user knows
+        return f"{place} is a table, such as {{key = value}}{got}"
     return f"{place}: ".removeprefix(": ") + first["msg"].removeprefix("Value error, ") + got
 
 

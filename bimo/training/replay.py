@@ -13,10 +13,12 @@ moved from it (an estimate of the divergence KL(base ‖ tuned) a token).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bimo.data.records import Document, Message
+from bimo.errors import ContextLengthError
 from bimo.registries.trouble import Progress
 from bimo.tokenizer.load import Tokenizer
 
@@ -55,18 +57,19 @@ def rehearse(model: Model, *, samples: int, max_tokens: int, seed: int, progress
 
 
 def _answered(model: Model, questions: Sequence[str], max_tokens: int) -> Iterator[tuple[Message, ...]]:
-    """All questions in one batch; an answer that was cut off or is empty teaches nothing."""
+    """All questions in one batch; an answer that was cut off or is empty teaches nothing, and a question that fills a
+    short context gets none."""
     import asyncio
 
-    async def ask() -> list[Any]:
-        tasks = [
-            model.achat([{"role": "user", "content": question}], max_tokens=max_tokens, temperature=0)
-            for question in questions
-        ]
-        return await asyncio.gather(*tasks)
+    async def ask(question: str) -> Any:
+        with contextlib.suppress(ContextLengthError):
+            return await model.achat([{"role": "user", "content": question}], max_tokens=max_tokens, temperature=0)
 
-    for question, answer in zip(questions, asyncio.run(ask()), strict=True):
-        if answer.text.strip() and answer.finish_reason == "stop":
+    async def ask_all() -> list[Any]:
+        return await asyncio.gather(*map(ask, questions))
+
+    for question, answer in zip(questions, asyncio.run(ask_all()), strict=True):
+        if answer is not None and answer.text.strip() and answer.finish_reason == "stop":
             yield Message("user", question), Message("assistant", answer.text.strip())
 
 
