@@ -21,7 +21,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
 from random import Random
-from typing import Any
 
 from bimo.data.confusions import confusions
 from bimo.data.filters import base_code
@@ -129,7 +128,7 @@ class Augmenter:
         seed: int,
         synonyms: Synonyms,
         instruction: str,
-        similarity: float = 0.0,
+        similarity: float,
     ) -> None:
         """Most callers want `Augmenter.of`. edits: name -> what it does, and to which share of the words."""
         self._edits, self._num_copies, self._seed, self._synonyms = edits, copies, seed, synonyms
@@ -157,8 +156,14 @@ class Augmenter:
             "typos": misspelt,
         }
         edits = {kind: (every[kind], share) for kind in KINDS if (share := getattr(recipe, kind))}
-        more: dict[str, Any] = {"instruction": instruction or "", "similarity": recipe.similarity}
-        return cls(edits, copies=recipe.copies, seed=seed, synonyms=synonyms, **more)
+        return cls(
+            edits,
+            copies=recipe.copies,
+            seed=seed,
+            synonyms=synonyms,
+            instruction=instruction or "",
+            similarity=recipe.similarity,
+        )
 
     def augment(self, document: Document) -> Iterator[Document]:
         """The document's altered copies, at most as many as the recipe says, all different.
