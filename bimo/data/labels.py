@@ -133,15 +133,15 @@ def label_set(documents: Iterable[Document], validation: Iterable[Document] = ()
 
 def check_labels(documents: Iterable[Document], labels: Labels) -> None:
     """Raises DataError that names the classes of validation documents which no training text has, and where."""
-    unseen: dict[str, list[str]] = {}
+    unseen: dict[tuple[str, str], list[str]] = {}
     for document in documents:
         if labels.number(document.source, document.label) is None:
-            unseen.setdefault(document.label, []).append(document.id)
+            unseen.setdefault((document.source, document.label), []).append(document.id)
     if not unseen:
         return
     shown = [
-        f"{label!r} ({places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}{_near(label, labels)})"
-        for label, places in itertools.islice(unseen.items(), SHOWN)
+        f"{what[1]!r} ({places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}{_near(*what, labels)})"
+        for what, places in itertools.islice(unseen.items(), SHOWN)
     ]
     many = f"{len(unseen)} classes stand" if len(unseen) > 1 else "a class stands"
     raise DataError(
@@ -150,9 +150,11 @@ def check_labels(documents: Iterable[Document], labels: Labels) -> None:
     )
 
 
-def _near(label: str, labels: Labels) -> str:
-    near = difflib.get_close_matches(label.casefold(), [name.casefold() for name in labels.plain], 1, cutoff=0.7)
-    meant = next((name for name in labels.plain if near and name.casefold() == near[0]), None)
+def _near(task: str, label: str, labels: Labels) -> str:
+    alone = len(set(labels.tasks)) == 1
+    own = [name for name, its in zip(labels.plain, labels.tasks, strict=True) if alone or its == task]
+    near = difflib.get_close_matches(label.casefold(), [name.casefold() for name in own], 1, cutoff=0.7)
+    meant = next((name for name in own if near and name.casefold() == near[0]), None)
     return f", did you mean {meant!r}?" if meant else ""
 
 
@@ -183,7 +185,8 @@ def encode_labelled(
             if not document.text.strip():
                 refuse(document.id, "has no text")
             elif number is None:
-                refuse(document.id, f"is {document.label!r}, which no training text is{_near(document.label, labels)}")
+                near = _near(document.source, document.label, labels)
+                refuse(document.id, f"is {document.label!r}, which no training text is{near}")
             else:
                 found.append((document.id, document.text, number))
         texts = encode([text for _, text, _ in found])

@@ -109,6 +109,10 @@ def test_classes_seen_in_validation_only_are_named_with_their_place() -> None:
     assert "'Spma' (v.csv#7, did you mean 'spam'?)" in str(found.value)
     assert "'垃圾' (v.csv#9 and 1 more)" in str(found.value)
     check_labels(validation[:1], label_set(train))
+    several = [labelled(text, label, task) for task in ("en", "zh") for text, label in (("a", "ham"), ("b", task))]
+    with pytest.raises(DataError) as found:  # another task's class is no help
+        label_set(several, [labelled("c", "zh", "en", name="en/c")])
+    assert "'zh' (en/c)" in str(found.value)
 
 
 def test_examples_become_batches_and_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
