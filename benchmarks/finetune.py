@@ -4,8 +4,8 @@
     python -m benchmarks.finetune recipes/helpdesk.toml --kinds lora --rounds 1 --examples 128
 
 Both read the same examples of the recipe's first stage, encoded once, as often: the peer in batches of `--batch`
-examples, padded to the longest of each; bimo in rows of whole examples, as many tokens a step as the peer's batches
-have on average, so steps are as many. Counted are tokens of examples, never padding. Afterwards both models are scored
+examples, padded to the longest of each; bimo in rows of whole examples, so many whole rows a step as come nearest to such
+a batch's tokens, and all rows once. Counted are tokens of examples, never padding. Afterwards both models are scored
 alike on examples that neither has seen, and each process's largest memory is told. Needs `pip install bimo[bench]`.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import resource
 import statistics
@@ -80,11 +81,11 @@ def run_bimo(kind: str, folder: Path, batch: int, dtype: str) -> dict[str, Any]:
         )
         for name in ("train", "held_out")
     }
-    tokens = sum(len(ids) - 1 for ids, _ in about["train"])
-    steps = len(about["train"]) // batch
     loader = ExampleLoader([files["train"]], length=LENGTH, seed=0)
-    recipe = TrainingRecipe(
-        steps=steps, batch_tokens=max(loader.row_tokens, tokens // steps), micro_batch=batch, learning_rate=RATES[kind],
+    a_step = max(1, round(loader.num_rows[0] * batch / len(about["train"])))
+    recipe = TrainingRecipe(  # all rows once, as the peer reads all examples once
+        steps=math.ceil(loader.num_rows[0] / a_step), batch_tokens=a_step * loader.row_tokens, micro_batch=batch,
+        learning_rate=RATES[kind],
         schedule="constant", warmup=0, dtype=dtype, weight_decay=0.0, betas=(0.9, 0.999),
     )  # fmt: skip
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ sees them is still one that works. Its reparameterisation by an MLP is left out:
 begin.
 
 Where keys and values live is the business of an `Attend` (models.attention). Those of whole sequences are known here;
-one with a cache can take `Prefix.keys_values` as what its sequences begin with.
+one with a cache has a method `behind` (engine.paged).
 """
 
 from __future__ import annotations
@@ -55,13 +55,6 @@ class Prefix(Adapter):
                 f"{self.model.config.max_positions}: lower adapter.tokens",
                 "adapter.tokens",
             )
-
-    def keys_values(self) -> list[tuple[Tensor, Tensor]]:
-        """Of every layer, (P, K, E) each, as a cache has them."""
-        return [
-            (part.get_parameter("prefix_keys"), part.get_parameter("prefix_values"))
-            for part in self.attentions.values()
-        ]
 
     @torch.no_grad()
     def _of_random_words(self) -> list[tuple[Tensor, Tensor]]:
@@ -135,6 +128,9 @@ class _Prefixed:
         self.prefix, self.attend, self.keys, self.values = prefix, attend, keys, values
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+        if (behind := getattr(self.attend, "behind", None)) is not None:  # the engine's, which knows its sequences
+            attended: Tensor = behind(self.keys, self.values, layer, q, k, v, scale=scale)
+            return attended
         mask = self.prefix.mask(self.attend, q.shape[1], window, q.device)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
@@ -158,8 +154,4 @@ def _visible(attend: Attend, num_tokens: int, window: int | None, device: torch.
         return (causal_mask(num_tokens, num_tokens, window, device) & same)[:, None]
     if isinstance(attend, FullSequence) and attend.mask is None:
         return causal_mask(num_tokens, num_tokens, window, device)[None, None]
-    raise UsageError(
-        "a prefix is computed over whole texts, this cache knows nothing of it: train a lora adapter, which can be "
-        "merged, where text is to be generated",
-        "adapter",
-    )
+    raise UsageError(f"a prefix stands before whole texts, {type(attend).__name__} has no place for it", "adapter")

@@ -12,12 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bimo.errors import ModelNotFoundError, UnsupportedModelError, UsageError
+from bimo.errors import ModelNotFoundError, UsageError
 from bimo.formats.hub import Progress, resolve
 from bimo.models.config import DecoderConfig
 
@@ -33,8 +33,10 @@ __all__ = [
     "attach_adapter",
     "find_model",
     "is_mergeable",
+    "places_taken",
     "read_changes",
     "unmerged",
+    "warn_of_bases",
     "warn_of_templates",
 ]
 
@@ -69,10 +71,12 @@ def find_model(reference: str | os.PathLike[str], *, progress: Progress | None =
     if _REPOSITORY.fullmatch(base) and not (folder / "bimo.json").is_file() and not Path(base).exists():
         base = f"hf:{base}"  # as PEFT means it
     try:
-        return FoundModel(resolve(base, progress=progress), folder)
+        found = FoundModel(resolve(base, progress=progress), folder)
     except ModelNotFoundError as error:
         detail = f"{folder} is an adapter, and the base it names is not here: correct base_model_name_or_path in its "
         raise ModelNotFoundError(base, error.near, f"{detail}{_CONFIG}, or put the base there") from None
+    warn_of_bases([folder], found.directory)
+    return found
 
 
 def read_changes(adapters: Mapping[str, str | os.PathLike[str]], config: Any, base: str) -> dict[str, Change]:
@@ -118,6 +122,25 @@ def warn_of_templates(adapters: Mapping[str, str | os.PathLike[str]], directory:
             )
 
 
+def warn_of_bases(adapters: Iterable[str | os.PathLike[str]], directory: Path) -> None:
+    """Say in the log which adapters were trained beside other weights than those in `directory`. It is no error: the
+    same base may have been written again in another number type."""
+    from bimo.formats.integrity import weights_mark
+    from bimo.formats.peft import read_adapter
+
+    own = weights_mark(directory)
+    for folder in adapters:
+        file = read_adapter(Path(os.fspath(folder)).expanduser())
+        if own and file.base_mark and file.base_mark != own:
+            log.warning(
+                "the adapter %s was trained on %s, whose weights were others than those now in %s: unless it is the "
+                "same model written anew, train the adapter again, or give it the base it was trained with",
+                folder,
+                file.base,
+                directory,
+            )
+
+
 def adapted_weights(weights: Iterator[Any], config: DecoderConfig, folder: Path) -> Iterator[Any]:
     """A base's weights as they stream by, with the adapter merged into them."""
     from bimo.formats.merging import merged_weights
@@ -144,23 +167,22 @@ def is_mergeable(folder: Path) -> bool:
     return read_adapter(folder).kind in MERGEABLE
 
 
-def unmerged(folder: Path | None, reference: str) -> str | None:
-    """Why an adapter cannot be merged into its base's weights, or None when it can, or there is none.
-
-    Raises UnsupportedModelError for one that cannot be computed in the engine at all.
-    """
-    if folder is None:
+def unmerged(folder: Path | None) -> str | None:
+    """Why an adapter cannot be merged into its base's weights, or None when it can, or there is none."""
+    if folder is None or is_mergeable(folder):
         return None
     from bimo.formats.peft import read_adapter
 
-    kind = read_adapter(folder).kind
-    if kind == "prefix":
-        raise UnsupportedModelError(
-            f"{reference} is a prefix adapter: keys and values stand before each sequence, for which the engine's "
-            "cache has no place; train a LoRA adapter to serve it, or open this one with "
-            "bimo.adapters.kinds.load_adapter"
-        )
-    return "a bottleneck adapter cannot be merged into the weights" if kind == "bottleneck" else None
+    return f"a {read_adapter(folder).kind} adapter cannot be merged into the weights"
+
+
+def places_taken(folder: Path | None) -> int:
+    """Of the positions that a base can read, those that its adapter takes: a prefix stands before every text."""
+    if folder is None:
+        return 0
+    from bimo.formats.peft import read_adapter
+
+    return read_adapter(folder).num_places
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -252,7 +252,7 @@ def build_model(
         from bimo.engine.packing import pack_linear_layers
 
         weights = _weights(directory, config, precision, _source(reference, directory, precision))
-        can_merge = adapter is not None and unmerged(adapter, reference) is None
+        can_merge = adapter is not None and unmerged(adapter) is None
         if adapter is not None and can_merge:
             weights = adapted_weights(weights, config, adapter)
         dtype = getattr(torch, precision.dtype)
@@ -280,7 +280,7 @@ def _load_as_it_is(
     dtype = getattr(torch, precision.dtype)
     model = load_model(directory, dtype).to(device).requires_grad_(False)
     if adapter is not None:
-        attach_adapter(model, adapter, dtype, merge=unmerged(adapter, str(directory)) is None)
+        attach_adapter(model, adapter, dtype, merge=unmerged(adapter) is None)
     assert isinstance(model, EncoderDecoder | LSTMLanguageModel)
     if isinstance(model, EncoderDecoder):
         pack_linear_layers(model)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from bimo.backends.adapters import find_model, read_changes, unmerged, warn_of_templates
+from bimo.backends.adapters import find_model, places_taken, read_changes, unmerged, warn_of_bases, warn_of_templates
 from bimo.backends.base import BackendInfo, BackendStats, OutputSink
 from bimo.engine.request import Output, Request
 from bimo.errors import CapacityError, EngineError, UsageError
@@ -182,12 +182,14 @@ class LocalBackend:
             )
         precision = choose_precision(
             config, quant=quant, dtype=dtype, cache_dtype=kv_cache_dtype, device=device,
-            obstacle=unmerged(found.adapter, reference),
+            obstacle=unmerged(found.adapter),
         )  # fmt: skip
         changes = read_changes(adapters, config, reference) if adapters else {}
         warn_of_templates(adapters or {}, found.tokenizer)
+        warn_of_bases((adapters or {}).values(), directory)
         draft = resolve(draft_model, progress=progress) if draft_model else None
-        context = min(context_length or config.max_positions, config.max_positions)
+        most = config.max_positions - places_taken(found.adapter)
+        context = min(context_length or most, most)
 
         def build() -> Engine:
             runner = build_runner(

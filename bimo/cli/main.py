@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from bimo.cli import bench, chat, convert, data, doctor, generate, models, plan, serve, tokenizer
+from bimo.cli.classify import classify
 from bimo.cli.compare import compare
 from bimo.cli.eval import evaluate
 from bimo.cli.run import run
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(chat.chat)
 app.command()(generate.generate)
+app.command()(classify)
 app.command()(serve.serve)
 app.command()(models.models)
 app.command()(convert.convert)

@@ -41,7 +41,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Do all that a recipe says: data, tokenizer, training, report. Run it again and it goes on where it stopped."""
-    from bimo.cli.stages import run_folder
+    from bimo.cli.stages import alone_in, run_folder
     from bimo.data.executors import EXECUTORS
     from bimo.errors import UsageError
     from bimo.recipe import load_recipe
@@ -62,7 +62,7 @@ def run(
         )
     folder, ranks = run_folder(loaded, out), ranks_of_process()
     prepare = partial(_prepare, loaded, folder, until, workers, executor)
-    with _together(ranks):
+    with _together(ranks), alone_in(folder, ranks):
         texts = prepare() if ranks.world_size == 1 else _from_first(prepare, ranks)
         trained = _train(loaded, folder, texts, ranks) if texts else {}
         result: dict[str, Any] = {"run": str(folder), "manifest": str(folder / "data" / "manifest.html"), **trained}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +23,17 @@ import typer
 from bimo.data.documents import read_documents
 from bimo.data.pipeline import Prepared, prepare
 from bimo.data.records import Document
-from bimo.errors import DataError
+from bimo.errors import DataError, UsageError
 from bimo.recipe import Recipe
 from bimo.registries.trouble import Progress
+from bimo.runtime import Ranks
 
 if TYPE_CHECKING:
     from bimo.data.shards import TokenFile
     from bimo.tokenizer.load import Tokenizer
     from bimo.training.session import Texts
 
-__all__ = ["make_tokenizer", "make_tokens", "prepare_data", "run_folder"]
+__all__ = ["alone_in", "make_tokenizer", "make_tokens", "prepare_data", "run_folder"]
 
 LANGUAGES = ("zh", "en")  # validated apart; all others together
 
@@ -44,6 +46,33 @@ def run_folder(recipe: Recipe, out: Path | None) -> Path:
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error.strerror}): name another folder with --out") from error
     return folder
+
+
+@contextmanager
+def alone_in(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Nobody else trains in the folder meanwhile. Raises UsageError when somebody does: two would overwrite each
+    other's checkpoints. The system lets go of a dead process's lock."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".training.lock")
+
+    def take() -> None:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(f"another process trains in {folder} just now: wait until it is done, or name another "
+                             f"folder with --out", "out") from None  # fmt: skip
+
+    if ranks.world_size == 1:
+        take()
+    else:
+        from bimo.training.distributed import from_main
+
+        from_main(ranks, take)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def prepare_data(recipe: Recipe, folder: Path, *, workers: int | None, executor: str, progress: Progress) -> Prepared:

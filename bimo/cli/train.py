@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 __all__ = ["fit_stage", "run_stages", "show_stage", "train"]
 
 T = TypeVar("T")
+USES = {
+    "answers": "bimo chat {}",
+    "pairs": "bimo generate {}",
+    "classes": 'bimo classify {} "a text"',
+    "embeddings": "bimo serve {}, and ask /v1/embeddings",
+}
 
 
 def train(
@@ -42,7 +48,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Fine-tune: do the [[stage]]s of a recipe. Run it again and it goes on where it stopped."""
-    from bimo.cli.stages import run_folder
+    from bimo.cli.stages import alone_in, run_folder
     from bimo.errors import UsageError
     from bimo.recipe import load_recipe
     from bimo.runtime import ranks as ranks_of_process
@@ -56,7 +62,9 @@ def train(
         raise UsageError(f"{recipe} has no stage {stage}, there are {', '.join(names)}", "stage")
     ranks = ranks_of_process()
     with process_group(ranks) if ranks.world_size > 1 else contextlib.nullcontext():
-        results = run_stages(loaded, run_folder(loaded, out), only=stage, workers=workers, report=report, ranks=ranks)
+        folder = run_folder(loaded, out)
+        with alone_in(folder, ranks):
+            results = run_stages(loaded, folder, only=stage, workers=workers, report=report, ranks=ranks)
     if not ranks.is_main:
         return
     if as_json:
@@ -180,6 +188,4 @@ def show_stage(result: dict[str, Any]) -> None:
         typer.echo(f"report     {report}")
     for name, line in result.get("lines", {}).items():
         typer.echo(f"{name:10} {line}")
-    if result.get("kind") in ("answers", "pairs"):
-        command = "chat" if result["kind"] == "answers" else "generate"
-        typer.echo(f"use it: bimo {command} {result['model']}")
+    typer.echo(f"use it: {USES[result['kind']].format(result['model'])}")

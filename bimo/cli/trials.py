@@ -16,18 +16,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from bimo.data.shards import fingerprint
 from bimo.errors import UsageError
 from bimo.recipe import RangeRecipe, Recipe, StageRecipe
 from bimo.registries.trouble import Progress
 from bimo.runtime import Ranks
+from bimo.training.replay import NAME as REPLAY
 from bimo.training.search import Report, Search, override
-from bimo.training.session import Evaluation, Job, train_run
+from bimo.training.session import Evaluation, Job, Texts, train_run
 from bimo.training.validation import Score
 
 __all__ = ["Trials", "searched_stage"]
@@ -60,7 +63,10 @@ class Trials:
         except UsageError:  # of values that do not go together; others may
             return
         if self._shared(recipe):
-            self._inputs(recipe, self.folder, progress)
+            job, _, _, texts, _ = self._inputs(recipe, self.folder, progress)
+            tasks = recipe.stage[self.stage].task if self.stage is not None else ()
+            own = {task.name for task in tasks if task.augment and task.augment.back_translation}
+            self.search.claim_texts(_content(texts, {*job.beside, REPLAY, *own}, str(job.about.get("parent_mark"))))
 
     def __call__(self, recipe: Recipe, folder: Path, report: Report) -> float:
         """Train in `folder`, or go on there; the loss on validation text of the model that is kept.
@@ -184,6 +190,12 @@ def searched_stage(recipe: Recipe) -> int | None:
 
 def _of_examples(stage: StageRecipe) -> Mapping[str, Any]:
     return stage.model_dump(exclude=set(OWN))
+
+
+def _content(texts: Texts, beside: set[str], *more: str) -> str:
+    """Changes with what is read, and is the same on all machines. beside: what each machine writes itself."""
+    files = [(name, file) for part in (texts.train, texts.validation) for name, file in sorted(part.items())]
+    return fingerprint([(name, zlib.crc32(file.tokens.data)) for name, file in files if name not in beside], *more)
 
 
 def _loss(event: Evaluation, job: Job) -> tuple[str, float]:

@@ -68,9 +68,8 @@ def tune(
         note(f"warning: {text}")
     with interruptible(Ranks()) as interrupted:
         runner = Trials(search, interrupted=interrupted, tell=note)
-        if search.waiting():
-            with progress_display() as progress:
-                runner.prepare(progress)
+        with progress_display() as progress:
+            runner.prepare(progress)
         try:
             with _board(search) as show:
                 while search.waiting() or search.running():

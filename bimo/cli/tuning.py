@@ -216,12 +216,17 @@ def stage_texts(data: StageData, tell: Callable[[str], None]) -> Texts:
             validation[task.name] = file
     if stage.replay.share and data.kind.can_replay:
         remembered, held_out, mark = _replay(data.recipe, stage, data.folder, data.base, data.progress)
-        train[REPLAY] = data.write(f"train-{REPLAY}", remembered, mark, chosen=False)
+        again = data.write(f"train-{REPLAY}", remembered, mark, chosen=False)
+        if len(again.tokens):
+            train[REPLAY] = again
         general = data.write(f"validation-{GENERAL}", held_out, mark, chosen=False)
         if len(general.tokens):
             validation[GENERAL] = general
         else:
-            tell("the base wrote no text worth remembering, so forgetting is not measured: name a replay.source")
+            tell(
+                "there is no text worth remembering, so forgetting is neither held back nor measured: name a "
+                "replay.source, or another"
+            )
     data.check_refused(tell)
     return Texts(train, validation, data.base.tokenizer)
 

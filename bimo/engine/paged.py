@@ -140,7 +140,7 @@ class StepAttention:
 
     def __init__(self, cache: PagedCache, plan: list[Scheduled], bias: Bias | None = None) -> None:
         """`bias` is added to the scores of every layer (T5)."""
-        self.cache, self.bias = cache, bias
+        self.cache, self.bias, self.plan = cache, bias, plan
         self.device = cache.keys.device
         size, dtype = cache.block_size, cache.keys.dtype
         slots: list[int] = []
@@ -208,6 +208,31 @@ class StepAttention:
         if len(q) > num_tokens:
             parts.append(q.new_zeros((len(q) - num_tokens, *q.shape[1:])))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+    def behind(
+        self, keys: Tensor, values: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float
+    ) -> Tensor:
+        """The same where keys and values (P, K, E) stand before every sequence, which sees them in layers
+        with a window, too (prefix-tuning): one sequence after the other, without the kernels."""
+        pools = self.cache.layers[layer]
+        num_tokens = len(self.slots)
+        parts: list[Tensor] = []
+        row = 0
+        for rows, pool in zip((k[0], v[0]), pools, strict=True):
+            self._store(rows[:num_tokens], pool)
+        window = self.cache.config.window(layer)
+        for work in self.plan:
+            length = work.start + work.count
+            slots = slots_of(work.sequence.blocks, length, self.cache.block_size).to(self.device)
+            k, v = (
+                torch.cat((before.to(pool.dtype).transpose(0, 1), pool.index_select(1, slots)), dim=1)
+                for before, pool in zip((keys, values), pools, strict=True)
+            )
+            mask = F.pad(causal_mask(work.count, length, window, self.device), (len(keys), 0), value=True)
+            parts.append(attend_chunk(q[0, row : row + work.count], k, v, scale, mask, is_causal=False))
+            row += work.count
+        parts.append(q.new_zeros((q.shape[1] - num_tokens, *q.shape[2:])))
+        return torch.cat(parts)[None]
 
     def _store(self, rows: Tensor, pool: Tensor) -> None:
         """Put a step's keys or values (T, K, E) into their slots of a pool (K, slots, E)."""

@@ -21,10 +21,38 @@ from typing import Any
 from bimo.errors import CorruptModelError, UnsupportedModelError
 from bimo.registries.trouble import Progress
 
-__all__ = ["RECORD_NAME", "Progress", "check_complete", "check_record", "file_sha256", "read_record", "write_record"]
+__all__ = [
+    "RECORD_NAME",
+    "Progress",
+    "check_complete",
+    "check_record",
+    "file_sha256",
+    "read_record",
+    "weights_mark",
+    "write_record",
+]
 
 RECORD_NAME = ".bimo-files.json"
 BLOCK = 1 << 22  # bytes read at a time
+SAMPLE = 1 << 20
+
+
+def weights_mark(folder: Path) -> str:
+    """What a model directory is known by: its configuration, its tokenizer, and of each weights file the size, the
+    first and the last megabyte, which any training changes. Milliseconds; "" for a folder without safetensors."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return ""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(SAMPLE))
+            stream.seek(max(0, file.stat().st_size - SAMPLE))
+            digest.update(stream.read(SAMPLE))
+    for name in ("config.json", "tokenizer.json"):
+        if (file := folder / name).is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def file_sha256(file: Path, progress: Progress | None = None) -> str:

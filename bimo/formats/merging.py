@@ -93,7 +93,7 @@ def _changes(folder: Path, config: ModelConfig) -> tuple[dict[str, list[_Change]
     if file.kind not in MERGEABLE:
         raise UsageError(
             f"{folder} is a {file.kind} adapter, which is no change of matrices: it cannot be merged, nor stand beside "
-            f"others; use it with its base {file.base} alone",
+            f"others; name its folder alone as the model (bimo chat {folder})",
             "adapter",
         )
     recipe, tensors = file.read(config)

@@ -60,14 +60,20 @@ def is_adapter(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter's directory. base: what its base is called, as any command takes it. labels: of a classifier.
-    settings: adapter_config.json."""
+    """An adapter's directory. base: what its base is called, as any command takes it; base_mark: its weights_mark, ""
+    of an adapter that bimo has not trained. labels: of a classifier. settings: adapter_config.json."""
 
     folder: Path
     kind: str
     base: str
     labels: tuple[str, ...]
     settings: Fields
+    base_mark: str = ""
+
+    @property
+    def num_places(self) -> int:
+        """Positions before every text that it takes."""
+        return self.settings.integer("num_virtual_tokens", high=1_000_000) if self.kind == "prefix" else 0
 
     def read(self, config: ModelConfig) -> tuple[AdapterRecipe, dict[str, Tensor]]:
         """What it is, and its tensors in float32, for a base of `config`.
@@ -223,7 +229,7 @@ class AdapterFile:
     ) -> tuple[AdapterRecipe, dict[str, Tensor]]:
         if isinstance(config, Seq2SeqConfig):
             raise UnsupportedModelError(f"{self.folder} is a prefix of an encoder-decoder, which bimo does not compute")
-        tokens = self.settings.integer("num_virtual_tokens", high=1_000_000)
+        tokens = self.num_places
         shape = (tokens, config.num_layers, 2, config.num_kv_heads, config.head_dim)
         values = held.pop(PREFIX_TENSOR, None)
         if values is None or tuple(values.shape) != (tokens, math.prod(shape[1:])):
@@ -260,11 +266,13 @@ def read_adapter(folder: Path) -> AdapterFile:
             raise UnsupportedModelError(f"{file}: {key} is {value!r:.60}, which bimo does not compute")
     base = settings.text("base_model_name_or_path", "")
     labels: tuple[str, ...] = ()
+    mark = ""
     if (own := folder / "bimo.json").is_file():
         about = Fields(read_json(own), str(own))
         base = about.text("base", base)
         labels = tuple(about.texts("labels")) if about.has("labels") else ()
-    return AdapterFile(folder, KINDS[kind], base, labels, settings)
+        mark = about.text("parent_mark", "")
+    return AdapterFile(folder, KINDS[kind], base, labels, settings, mark)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The recipe, as `bimo.recipe.file` reads it: `load_recipe`, and the sections it is made of."""
 
 from bimo.recipe.compare import CompareRecipe
-from bimo.recipe.file import Recipe, load_recipe, save_recipe
+from bimo.recipe.file import Recipe, load_recipe, save_recipe, settings_of
 from bimo.recipe.search import RangeRecipe, SearchRecipe
 from bimo.recipe.sections import (
     CleanRecipe,
@@ -53,4 +53,5 @@ __all__ = [
     "TrainingRecipe",
     "load_recipe",
     "save_recipe",
+    "settings_of",
 ]

@@ -13,7 +13,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ from bimo.recipe.sections import (
 )
 from bimo.recipe.stages import StageRecipe
 
-__all__ = ["Recipe", "load_recipe", "save_recipe"]
+__all__ = ["Recipe", "load_recipe", "save_recipe", "settings_of"]
 
 PATHS = ("toxic_words", "synonym_files", "words")  # keys whose values are lists of files
 
@@ -226,3 +226,13 @@ def _write_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
 def _quoted(key: str) -> str:
     """The keys of search.space have dots in them."""
     return key if key.isidentifier() and key.isascii() else json.dumps(key, ensure_ascii=False)
+
+
+def settings_of(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """("training.steps", 50) and so on of a dumped recipe or a part of it, in the words of --set."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if parts is None:
+        yield key, value
+        return
+    for name, part in parts:
+        yield from settings_of(part, f"{key}.{name}" if key else str(name))

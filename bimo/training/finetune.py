@@ -24,6 +24,7 @@ from bimo.data.loader import RowLoader
 from bimo.data.shards import TokenFile, fingerprint
 from bimo.errors import UsageError
 from bimo.formats.huggingface import load_weights, read_model_config
+from bimo.formats.integrity import weights_mark
 from bimo.models.config import DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig
 from bimo.models.empty import empty_model
 from bimo.recipe import Recipe, StageRecipe, TrainingRecipe
@@ -64,9 +65,8 @@ class Base:
 
 def open_base(reference: str, directory: Path) -> Base:
     """directory: where `reference` was resolved to. Raises ModelError for no model."""
-    weights = [(file.name, file.stat().st_size) for file in sorted(directory.glob("*.safetensors"))]
-    mark = fingerprint(directory / "config.json", directory / "tokenizer.json", weights)
-    return Base(reference, directory, read_model_config(directory), Tokenizer.from_directory(directory), mark)
+    config, tokenizer = read_model_config(directory), Tokenizer.from_directory(directory)
+    return Base(reference, directory, config, tokenizer, weights_mark(directory))
 
 
 def pseudo_folder(number: int) -> str:
@@ -186,7 +186,8 @@ def stage_job(
     training = _training(stage, rows)
     lists = [Path(file) for file in stage.penalty.words]  # by what is in them
     what = [stage.model_dump(mode="json", exclude={"training", "name"}), base.mark, fingerprint(*lists)]
-    about = {"recipe": recipe.model_dump(mode="json"), "stage": stage.name, "parent": base.reference}
+    about = {"recipe": recipe.model_dump(mode="json"), "stage": stage.name, "parent": base.reference,
+             "parent_mark": base.mark}  # fmt: skip
     return Job(
         f"{recipe.name}-{stage.name}",
         recipe.seed,

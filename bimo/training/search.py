@@ -130,6 +130,20 @@ class Search:
         if self.metric != name:
             self.study.set_user_attr("metric", name)
 
+    def claim_texts(self, mark: str) -> None:
+        """Note what all trials read. Raises UsageError when trials that are done have read something else."""
+        known = self.study.user_attrs.get("texts")
+        if known == mark:
+            return
+        done = sum(trial.state == "complete" for trial in self.trials())
+        if known is not None and done:
+            raise UsageError(
+                f"the texts, or the base, have changed since the search in {self.folder} began, so its losses and new "
+                f"ones do not compare ({done} trials are done): give the recipe another name, or name another --out",
+                "recipe",
+            )
+        self.study.set_user_attr("texts", mark)
+
     # --- what is to be done -------------------------------------------------------------------------------------------
 
     def refill(self) -> int:

@@ -23,7 +23,7 @@ import optuna
 import sqlalchemy
 
 from bimo.errors import DataError, MissingDependencyError, UsageError
-from bimo.recipe import Recipe
+from bimo.recipe import Recipe, settings_of
 
 __all__ = ["GRACE", "claim", "described", "open_study", "reachable", "storage_name"]
 
@@ -44,7 +44,7 @@ def storage_name(url: str) -> str:
 
 def described(recipe: Recipe, root: Path | None) -> dict[str, Any]:
     """{"training.steps": 50, ...}: all that trials have in common."""
-    values = dict(_flat(recipe.model_dump(mode="json"), ""))
+    values = dict(settings_of(recipe.model_dump(mode="json")))
     prefix = f"{root.absolute()}/" if root else ""
     common = {
         key: value.removeprefix(prefix) if isinstance(value, str) else value
@@ -52,15 +52,6 @@ def described(recipe: Recipe, root: Path | None) -> dict[str, Any]:
         if not re.match(APART, key)
     }
     return dict(json.loads(json.dumps(common)))  # as it comes back from the database
-
-
-def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if parts is None:
-        yield key, value
-        return
-    for name, part in parts:
-        yield from _flat(part, f"{key}.{name}" if key else str(name))
 
 
 def claim(study: optuna.Study, about: dict[str, Any], folder: Path, url: str) -> None:

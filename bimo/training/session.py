@@ -31,7 +31,7 @@ from bimo.data.loader import PackedLoader, RowLoader
 from bimo.data.shards import TokenFile, fingerprint
 from bimo.errors import DataError, UsageError
 from bimo.models.block import Block
-from bimo.recipe import Recipe, RobustRecipe, TrainingRecipe
+from bimo.recipe import Recipe, RobustRecipe, TrainingRecipe, settings_of
 from bimo.runtime import Ranks
 from bimo.tokenizer.load import Tokenizer
 from bimo.training.checkpoint import latest_checkpoint, load_checkpoint, remove_old, save_checkpoint, save_model
@@ -44,6 +44,7 @@ from bimo.training.validation import MakeLoader, Score, bytes_of_tokens, validat
 __all__ = ["Evaluation", "Job", "Texts", "finished", "read_metrics", "train_run"]
 
 BEST = "best"  # the model directory of the best evaluation so far, where training may stop early
+BESIDE = ("name", "report", "compare", "search")  # sections that change no model
 WITHOUT_EFFECT = ("eval_every", "eval_tokens", "checkpoint_minutes", "keep_checkpoints", "parallel", "trackers")
 
 
@@ -131,12 +132,37 @@ def train_run(
 
 
 def finished(job: Job, folder: Path, texts: Texts) -> dict[str, Any] | None:
-    """The lineage of folder/model, if that is what this job makes of these texts."""
+    """The lineage of folder/model; None if there is none yet. Raises UsageError if it is not what this job makes of
+    these texts: somebody may still need it."""
     try:
         lineage = json.loads((folder / "model" / "bimo.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return lineage if isinstance(lineage, dict) and lineage.get("mark") == job.identity(texts) else None
+    if not isinstance(lineage, dict) or lineage.get("mark") == job.identity(texts):
+        return lineage if isinstance(lineage, dict) else None
+    left = " and ".join(str(folder / name) for name in ("model", "checkpoints") if (folder / name).is_dir())
+    raise UsageError(
+        f"{folder / 'model'} was made with {_changed(lineage, job)}: give this run another name (or --out) to keep it, "
+        f"or remove {left} to train again",
+        "recipe",
+    )
+
+
+def _changed(lineage: Mapping[str, Any], job: Job) -> str:
+    """In what an earlier job was another, as far as can be told."""
+    if (then := lineage.get("parent_mark")) and then != job.about.get("parent_mark"):
+        return "another base"
+    parts = []
+    for about in (lineage, job.about):
+        recipe = dict(about.get("recipe") or {})
+        stages = {stage["name"]: stage for stage in recipe.pop("stage", ())}
+        parts.append(stages.get(about.get("stage"), recipe) | {"seed": recipe.get("seed")})
+    old, new = (dict(settings_of(part)) for part in parts)
+    keys = [key for key in new if old.get(key) != new[key] and key.partition(".")[0] not in BESIDE]
+    keys = [key for key in keys if key.rpartition(".")[2] not in WITHOUT_EFFECT]
+    if not keys:
+        return "other texts"
+    return f"another recipe, where {keys[0]} was {old.get(keys[0])!r:.60} and not {new[keys[0]]!r:.60}"
 
 
 class _Run:

@@ -5,6 +5,7 @@ The reference is the plain model with the adapter attached as it was trained, as
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
@@ -20,7 +21,7 @@ from bimo.backends.build import load_decoder
 from bimo.backends.local import LocalBackend
 from bimo.engine.kernels import load_kernels
 from bimo.engine.request import Request, SamplingParams
-from bimo.errors import BimoError, ModelNotFoundError, UnsupportedModelError, UsageError
+from bimo.errors import BimoError, ModelNotFoundError, UsageError
 from bimo.formats.huggingface import read_config
 from bimo.formats.peft import read_adapter, write_adapter
 from bimo.recipe import AdapterRecipe
@@ -78,12 +79,27 @@ def folders(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     }
 
 
-@pytest.mark.parametrize("name", ["support", "客服", "ranks", "dora", "bottleneck"])
+@pytest.mark.parametrize("name", ["support", "客服", "ranks", "dora", "bottleneck", "prefix"])
 def test_a_folder_given_as_the_model(folders: dict[str, Path], tiny_model_dir: Path, name: str) -> None:
     with bimo.load(str(folders[name]), dtype="float32", kv_cache_tokens=512) as model:
         for prompt in PROMPTS:
             assert ask(model, prompt) == greedy(tiny_model_dir, folders[name], prompt)
             assert ask(model, prompt) != greedy(tiny_model_dir, None, prompt)
+
+
+def test_texts_behind_a_prefix_are_computed_together(folders: dict[str, Path], tiny_model_dir: Path) -> None:
+    async def ask_all(model: Any, prompts: list[str]) -> list[Any]:
+        wishes = {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+        return await asyncio.gather(*(model.agenerate(prompt, **wishes) for prompt in prompts))
+
+    prompts = [*PROMPTS, PROMPTS[0] * 8, PROMPTS[0] * 8 + "。"]  # the last two begin with the same blocks
+    settings: dict[str, Any] = {"dtype": "float32", "kv_cache_tokens": 1024, "max_step_tokens": 16}
+    with bimo.load(str(folders["prefix"]), **settings) as model:
+        assert model.backend.info().context_length == read_config(tiny_model_dir).max_positions - 3
+        for _ in range(2):  # the second time from the cache
+            found = asyncio.run(ask_all(model, prompts))
+            assert [one.tokens for one in found] == [greedy(tiny_model_dir, folders["prefix"], p) for p in prompts]
+        assert found[-1].usage.cached_tokens > 0
 
 
 def test_adapters_beside_a_model(folders: dict[str, Path], tiny_model_dir: Path) -> None:
@@ -163,7 +179,6 @@ def test_what_cannot_be_loaded_is_said(folders: dict[str, Path], tiny_model_dir:
         (UsageError, "alone", {"adapters": {"a": folders["prefix"]}}),
         (UsageError, "leave adapters out", {"reference": folders["support"], "adapters": {"a": folders["ranks"]}}),
         (UsageError, "leave quant out", {"reference": folders["support"], "quant": "file", "dtype": None}),
-        (UnsupportedModelError, "prefix adapter", {"reference": folders["prefix"]}),
         (ModelNotFoundError, "nowhere", {"reference": strange}),
     ]
     for kind, words, settings in cases:

@@ -92,10 +92,12 @@ def test_it_learns_and_says_so(texts: Texts, tmp_path: Path) -> None:
     assert set(evaluations[0].scores) == {"en", "zh"}
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert finished(Job.of(recipe), tmp_path, texts)
-    assert finished(Job.of(make_recipe(steps=61, learning_rate=5e-3)), tmp_path, texts) is None
+    with pytest.raises(UsageError, match=r"another recipe, where training.steps was 60 and not 61: give this run"):
+        finished(Job.of(make_recipe(steps=61, learning_rate=5e-3)), tmp_path, texts)
     heavier = recipe.data.sources[0].model_copy(update={"weight": 3.0})
     sources = recipe.data.model_copy(update={"sources": (heavier, recipe.data.sources[1])})
-    assert finished(Job.of(recipe.model_copy(update={"data": sources})), tmp_path, texts) is None
+    with pytest.raises(UsageError, match=r"where data.sources.0.weight was"):
+        finished(Job.of(recipe.model_copy(update={"data": sources})), tmp_path, texts)
     lineage = json.loads((tmp_path / "model" / "bimo.json").read_text(encoding="utf-8"))
     assert lineage["steps"] == 60 and lineage["tokens"] == 60 * 256
 
