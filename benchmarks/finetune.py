@@ -4,8 +4,8 @@
     python -m benchmarks.finetune recipes/helpdesk.toml --kinds lora --rounds 1 --examples 128
 
 Both read the same examples of the recipe's first stage, encoded once, as often: the peer in batches of `--batch`
-examples, padded to the longest of each; bimo in rows of whole examples, so many whole rows a step as come nearest to such
-a batch's tokens, and all rows once. Counted are tokens of examples, never padding. Afterwards both models are scored
+examples, padded to the longest of each; bimo in rows of whole examples, so many whole rows a step as come nearest to
+such a batch's tokens, and all rows once. Counted are tokens of examples, never padding. Afterwards both are scored
 alike on examples that neither has seen, and each process's largest memory is told. Needs `pip install bimo[bench]`.
 """
 

@@ -77,6 +77,22 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, content: bytes) -> None:
         load_recipe(tmp_path / "missing.toml")
 
 
+def test_files_of_other_encodings_and_keys_of_other_letters(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + SMALL.encode())
+    assert load_recipe(file).name == "poems"
+    file.write_bytes(SMALL.encode() + "# 中文\n".encode("gbk"))
+    with pytest.raises(UsageError, match=r"line \d+: expected UTF-8, got the byte 0xd6; save it as UTF-8"):
+        load_recipe(file)
+    file.write_text(SMALL + "[compare.variants]\n方案 = []\n", encoding="utf-8")
+    with pytest.raises(UsageError, match='keys of other letters than a-z stand in quotes: "方案" = '):
+        load_recipe(file)
+    file.write_text(SMALL + '[[stage]]\nbase = "smollm2"\n[[stage.task]]\nname = "a"\npath = "a"\n', encoding="utf-8")
+    wishes = ['compare.variants."v1.5"=["stage.0.length=64"]', "compare.variants.方案=[]"]
+    compare = load_recipe(file, wishes).compare
+    assert compare is not None and list(compare.variants) == ["v1.5", "方案"]
+
+
 def test_the_shipped_recipes_are_valid() -> None:
     for file in (Path(__file__).parents[1] / "recipes").glob("*.toml"):
         assert load_recipe(file).name == file.stem

@@ -14,17 +14,18 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bimo.adapters.adalora import AdaLoRA
 from bimo.adapters.base import Adapter
 from bimo.adapters.bottleneck import Bottleneck
+from bimo.adapters.frozen import FrozenLinear
 from bimo.adapters.lora import LoRA
 from bimo.adapters.prefix import Prefix
 from bimo.errors import UsageError
 from bimo.recipe import AdapterRecipe
 
-__all__ = ["ADAPTERS", "SavedAdapter", "adapter_of", "attach", "load_adapter"]
+__all__ = ["ADAPTERS", "SavedAdapter", "adapter_of", "attach", "load_adapter", "num_weights"]
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "lora": LoRA,
@@ -71,6 +72,12 @@ def adapter_of(model: Any) -> Adapter | None:
     """The model's adapter."""
     adapter = getattr(model, "adapter", None)
     return adapter if isinstance(adapter, Adapter) else None
+
+
+def num_weights(model: nn.Module) -> int:
+    """All of a model's weights; those of a base in 8 or 4 bits are no parameters, and count as well."""
+    packed = (part.quantised for part in model.modules() if isinstance(part, FrozenLinear))
+    return sum(weight.numel() for weight in model.parameters()) + sum(one.codes.numel() for one in packed if one)
 
 
 def _attach(

@@ -38,6 +38,7 @@ __all__ = [
     "unmerged",
     "warn_of_bases",
     "warn_of_templates",
+    "write_model",
 ]
 
 _CONFIG = "adapter_config.json"
@@ -141,11 +142,33 @@ def warn_of_bases(adapters: Iterable[str | os.PathLike[str]], directory: Path) -
             )
 
 
-def adapted_weights(weights: Iterator[Any], config: DecoderConfig, folder: Path) -> Iterator[Any]:
+def adapted_weights(weights: Iterator[Any], config: Any, folder: Path) -> Iterator[Any]:
     """A base's weights as they stream by, with the adapter merged into them."""
     from bimo.formats.merging import merged_weights
 
     return merged_weights(weights, config, folder)
+
+
+def write_model(found: FoundModel, target: Path, reference: str) -> None:
+    """A model directory of what was found; an adapter's change is worked into its base. reference: its name.
+
+    Raises UsageError for an adapter that is no change of matrices, or has a head of its own.
+    """
+    from bimo.formats.huggingface import load_weights, read_model_config, save_directory
+
+    config = read_model_config(found.directory)
+    weights = load_weights(found.directory, config)
+    if found.adapter is not None:
+        from bimo.formats.peft import read_adapter
+
+        if read_adapter(found.adapter).labels:
+            raise UsageError(
+                f"{reference} is an adapter of a classifier, whose head its base does not have: use the adapter's "
+                "folder itself",
+                "model",
+            )
+        weights = adapted_weights(weights, config, found.adapter)
+    save_directory(target, config, weights, source=found.tokenizer, lineage={"parent": reference})
 
 
 def attach_adapter(model: nn.Module, folder: Path, dtype: torch.dtype, *, merge: bool) -> None:

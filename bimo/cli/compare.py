@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,7 @@ from bimo.cli.options import Out, Overrides, RecipeArgument
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bimo.recipe import Recipe
+    from bimo.recipe import Recipe, SourceRecipe
 
 __all__ = ["compare"]
 
@@ -54,11 +55,14 @@ def compare(
     if not loaded.stage:
         raise UsageError(f"{recipe} has no [[stage]], and stages are what is compared", "recipe")
     seeds = range(loaded.seed, loaded.seed + loaded.compare.seeds)
+    marks: dict[str, str] = {}
     orders = {  # all are read before the first is trained
-        (name, seed): _Run(recipe, [*wishes, *settings, f"seed={seed}"])
+        (name, seed): _Run(recipe, [*wishes, *settings, f"seed={seed}"], marks)
         for seed in seeds
         for name, settings in loaded.compare.variants.items()
     }
+    for run in orders.values():
+        run.read  # noqa: B018  # a file or a base that is not there is said now, too
     folder, first = run_folder(loaded, out), None
     results: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in loaded.compare.variants}
     with interruptible(Ranks()) as interrupted:
@@ -107,26 +111,41 @@ def _figures(stages: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 class _Run:
     """One training, in a process of its own: its memory is its own, and what it leaves behind goes with it."""
 
-    def __init__(self, file: Path, overrides: list[str]) -> None:
+    def __init__(self, file: Path, overrides: list[str], marks: dict[str, str]) -> None:
+        """marks: of sources and bases, which runs share."""
         from bimo.recipe import load_recipe
 
-        self.file, self.overrides = file, overrides
+        self.file, self.overrides, self.marks = file, overrides, marks
         self.recipe = load_recipe(file, overrides).model_copy(update={"compare": None, "search": None})
         self.what = self.recipe.model_dump(mode="json")
 
+    @cached_property
+    def read(self) -> list[str]:
+        """Changes with the files that are read, and with the bases."""
+        marks = []
+        for stage in self.recipe.stage:
+            beside = (stage.replay.source, stage.pseudo_labels.source if stage.pseudo_labels else None)
+            for one in (*stage.task, *beside, stage.base):
+                if one is not None:
+                    key = one if isinstance(one, str) else one.model_dump_json()
+                    self.marks[key] = self.marks.get(key) or _mark(one)
+                    marks.append(self.marks[key])
+        return marks
+
     def finished(self, place: Path) -> list[dict[str, Any]] | None:
-        """What came of it, if it was done before, by this very recipe."""
+        """What came of it, if it was done before, by this very recipe, from the same examples and bases."""
         try:
             found = json.loads((place / "compared.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return list(found["stages"]) if found.get("recipe") == self.what else None
+        same = found.get("recipe") == self.what and found.get("read") == self.read
+        return list(found["stages"]) if same else None
 
     def begin(self, place: Path) -> None:
-        """What another recipe left half done is in the way, and this folder is a comparison's own."""
-        about, what = place / "begun.json", json.dumps(self.what, ensure_ascii=False)
+        """What another recipe left is in the way, and this folder is a comparison's own."""
+        about, what = place / "begun.json", json.dumps([self.what, self.read], ensure_ascii=False)
         if not about.is_file() or about.read_text(encoding="utf-8") != what:
-            for left in place.rglob("checkpoints"):
+            for left in [*place.rglob("checkpoints"), *place.rglob("model")]:
                 shutil.rmtree(left)
             for left in place.rglob("metrics.jsonl"):
                 left.unlink()
@@ -158,10 +177,23 @@ class _Run:
             shutil.rmtree(place / stage["stage"] / "checkpoints", ignore_errors=True)
             if not keep_model:
                 shutil.rmtree(place / stage["stage"] / "model", ignore_errors=True)
-        about = {"recipe": self.what, "stages": stages}
+        about = {"recipe": self.what, "read": self.read, "stages": stages}
         (place / "compared.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
         output.unlink()
         return stages
+
+
+def _mark(read: SourceRecipe | str) -> str:
+    """Changes with a source's files, or with a base's weights."""
+    from bimo.backends.adapters import find_model
+    from bimo.cli.terminal import progress_display
+    from bimo.data.pipeline import sources_mark
+    from bimo.formats.integrity import weights_mark
+
+    with progress_display() as progress:
+        if isinstance(read, str):
+            return weights_mark(find_model(read, progress=progress).directory)
+        return sources_mark([read], progress)
 
 
 def _share(first: Path, place: Path, recipe: Recipe) -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from bimo.cli import options
 from bimo.cli.terminal import human_bytes, progress_display
-
-if TYPE_CHECKING:
-    from bimo.backends.adapters import FoundModel
 
 __all__ = ["GgufKind", "convert"]
 
@@ -34,7 +31,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace a file or a model directory that exists.")] = False,
 ) -> None:
     """Write a model as a directory or a .gguf file; an adapter is merged into its base."""
-    from bimo.backends.adapters import find_model
+    from bimo.backends.adapters import find_model, write_model
     from bimo.errors import UsageError
     from bimo.registries.trouble import storage_errors
 
@@ -61,27 +58,9 @@ def convert(
                 write_gguf(source, target, number_type)
             else:
                 with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as merged:
-                    _write_directory(found, Path(merged) / target.stem, model)
+                    write_model(found, Path(merged) / target.stem, model)
                     write_gguf(Path(merged) / target.stem, target, number_type)
         else:
-            _write_directory(found, target, model)
+            write_model(found, target, model)
     written = [target] if to_gguf else [path for path in target.rglob("*") if path.is_file()]
     typer.echo(f"{target}: {human_bytes(sum(path.stat().st_size for path in written))}")
-
-
-def _write_directory(found: FoundModel, target: Path, model: str) -> None:
-    """The model, and an adapter's change worked into its base."""
-    from bimo.errors import UsageError
-    from bimo.formats.huggingface import load_weights, read_model_config, save_directory
-
-    config, source = read_model_config(found.directory), found.tokenizer
-    weights = load_weights(found.directory, config)
-    if found.adapter is not None:
-        from bimo.formats.merging import merged_weights
-        from bimo.formats.peft import read_adapter
-
-        if read_adapter(found.adapter).labels:
-            raise UsageError(f"{model} is an adapter of a classifier, whose head its base does not have: use the "
-                             f"adapter's folder itself", "model")  # fmt: skip
-        weights = merged_weights(weights, config, found.adapter)
-    save_directory(target, config, weights, source=source, lineage={"parent": model})

@@ -17,17 +17,29 @@ from typing import TYPE_CHECKING, Any
 
 from bimo.data.documents import read_documents
 from bimo.data.labels import PseudoTally, pseudo_labels
-from bimo.data.pipeline import prepare
+from bimo.data.pipeline import Prepared, prepare
 from bimo.data.records import Document
 from bimo.errors import DataError
-from bimo.recipe import DataRecipe
+from bimo.recipe import DataRecipe, StageRecipe
 from bimo.registries.trouble import Progress
 
 if TYPE_CHECKING:
     from bimo.cli.tuning import StageData
     from bimo.training.session import Texts
 
-__all__ = ["add_pseudo_labels"]
+__all__ = ["add_pseudo_labels", "prepare_unlabelled"]
+
+
+def prepare_unlabelled(stage: StageRecipe, folder: Path, progress: Progress) -> Prepared:
+    """The texts to be labelled, under folder/unlabelled. Raises DataError when there are none."""
+    wish = stage.pseudo_labels
+    assert wish is not None
+    recipe = DataRecipe(sources=(wish.source,), clean=stage.clean, validation=0.0, passage_chars=stage.passage_chars)
+    prepared = prepare(recipe, folder / "unlabelled", progress=progress)
+    if not prepared.files("train"):
+        raise DataError(f"no text of {wish.source.name} was left to label: {folder / 'unlabelled' / 'manifest.html'} "
+                        f"says which step took them")  # fmt: skip
+    return prepared
 
 
 def add_pseudo_labels(
@@ -43,8 +55,7 @@ def add_pseudo_labels(
 
     stage, wish = data.stage, data.stage.pseudo_labels
     assert wish is not None
-    recipe = DataRecipe(sources=(wish.source,), clean=stage.clean, validation=0.0, passage_chars=stage.passage_chars)
-    prepared = prepare(recipe, data.folder / "unlabelled", progress=progress)
+    prepared = prepare_unlabelled(stage, data.folder, progress)
     known = {document.text.strip() for split in ("train", "validation") for document in data.documents(split)}
     place = data.folder / "tokens" / pseudo_folder(number)
     task = wish.task if len(stage.task) > 1 else None  # of one task classes have plain names
@@ -70,6 +81,9 @@ def add_pseudo_labels(
         kept = {"kept": dict(tally.kept), "unsure": tally.unsure, "in the examples": _num(prepared) - count}
         about.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
     told = json.loads(about.read_text(encoding="utf-8"))
+    if not told["kept"] and not told["unsure"]:
+        raise DataError(f"all texts of {wish.source.name} stand in the examples already: name other texts, or leave "
+                        f"pseudo_labels out")  # fmt: skip
     if not told["kept"]:
         raise DataError(
             f"the model is sure of none of {told['unsure']} texts of {wish.source.name}: lower "
@@ -83,5 +97,5 @@ def add_pseudo_labels(
     return replace(texts, train={**texts.train, PSEUDO: file}), told
 
 
-def _num(prepared: Any) -> int:
+def _num(prepared: Prepared) -> int:
     return sum(part["documents"] for part in prepared.manifest["parts"] if part["split"] == "train")

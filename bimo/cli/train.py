@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -85,9 +86,18 @@ def run_stages(
 ) -> list[dict[str, Any]]:
     """All stages in order, or the one that is named; what came of each. ranks: of several processes, which are together
     already; the first one does all but the training."""
+    from bimo.errors import UsageError
+    from bimo.formats.merging import MERGEABLE
     from bimo.recipe import save_recipe
     from bimo.runtime import Ranks
 
+    for before, after in pairwise(recipe.stage if only is None else ()):
+        if after.base is None and before.adapter and before.adapter.kind not in MERGEABLE:
+            raise UsageError(
+                f"stage {after.name} begins with what {before.name} leaves, a {before.adapter.kind} adapter, which is "
+                f"no change of its base's weights: make that a lora, or name a base for {after.name}",
+                "stage",
+            )
     ranks, results = ranks or Ranks(), []
     for stage in recipe.stage:
         if only in (None, stage.name):
@@ -104,12 +114,12 @@ def run_stages(
 def _train_stage(recipe: Recipe, stage: StageRecipe, folder: Path, workers: int | None, ranks: Ranks) -> dict[str, Any]:
     """One stage; nothing to do when its model is there and was made by this recipe from these examples."""
     from bimo.cli.follow import note
-    from bimo.cli.pseudo import add_pseudo_labels
+    from bimo.cli.pseudo import add_pseudo_labels, prepare_unlabelled
     from bimo.cli.terminal import progress_display
-    from bimo.cli.tuning import StageData, open_stage_base, prepare_stage, stage_folder, stage_texts
+    from bimo.cli.tuning import StageData, open_stage_base, prepare_stage, stage_folder, stage_texts, tell_of_bad_rows
     from bimo.training.distributed import from_main
-    from bimo.training.finetune import check_stage
     from bimo.training.session import read_metrics
+    from bimo.training.stage_checks import check_stage, without_effect
 
     place = stage_folder(folder, stage)
     tell: Callable[[str], None] = note if ranks.is_main else lambda text: None
@@ -129,7 +139,12 @@ def _train_stage(recipe: Recipe, stage: StageRecipe, folder: Path, workers: int 
         place.mkdir(parents=True, exist_ok=True)
         base = open_stage_base(recipe, stage, folder, progress)
         check_stage(stage, base.config)
+        for text in without_effect(recipe, stage, base.config):
+            tell(f"note: {text}")
         examples = prepare_stage(stage, place, workers=workers, progress=progress)
+        tell_of_bad_rows(examples, tell)
+        if stage.pseudo_labels is not None:  # what is wrong with them is said before the first training
+            prepare_unlabelled(stage, place, progress)
         data = StageData(recipe, stage, place, base, examples, progress)
         return data, stage_texts(data, tell)
 
@@ -158,6 +173,7 @@ def fit_stage(
     recipe: Recipe, stage: StageRecipe, place: Path, data: StageData, texts: Texts, ranks: Ranks
 ) -> tuple[dict[str, Any], float | None]:
     """Train place/model, if it is not there: its bimo.json, and the memory it took at most where it was trained."""
+    from bimo.adapters.kinds import num_weights
     from bimo.cli.follow import follow, note
     from bimo.runtime import peak_memory
     from bimo.training.distributed import from_main, training_device
@@ -172,7 +188,7 @@ def fit_stage(
     device = training_device(ranks)
     model = tunable_model(base, stage, kind.with_heads, seed=recipe.seed, training=job.training, device=str(device))
     sizes = [weight.numel() for weight in model.parameters() if weight.requires_grad]
-    whole = sum(weight.numel() for weight in model.parameters())
+    whole = num_weights(model)
     tell(f"{base.reference}: {sum(sizes) / 1e6:.2f}M of {whole / 1e6:.2f}M parameters are trained, "
          f"{job.training.steps} steps of {job.training.batch_tokens} tokens"
          + (f", {ranks.world_size} processes" if ranks.world_size > 1 else ""))  # fmt: skip

@@ -53,6 +53,7 @@ class Trials:
         self.search, self.interrupted, self.tell, self.ranks = search, interrupted, tell, ranks
         self.base, self.folder = search.recipe, search.folder
         self.stage = searched_stage(search.recipe)
+        self.counted = "token"  # what a loss is an average of
 
     def prepare(self, progress: Progress) -> None:
         """What all trials read, before they begin: errors of it are told once, and not by each."""
@@ -84,7 +85,7 @@ class Trials:
         with contextlib.closing(events):
             for event in events:
                 if isinstance(event, Evaluation):
-                    metric, loss = _loss(event, job)
+                    metric, loss = _loss(event, job, self.counted)
                     self.search.name_metric(metric)
                     losses.add(event.step, loss)
                     if event.step and report(event.step, loss):
@@ -128,7 +129,8 @@ class Trials:
     def _of_stage(self, recipe: Recipe, folder: Path, progress: Progress) -> tuple[Any, ...]:
         from bimo.cli.tuning import StageData, open_stage_base, prepare_stage, stage_folder, stage_texts
         from bimo.training.distributed import training_device
-        from bimo.training.finetune import check_stage, stage_job, tunable_model
+        from bimo.training.finetune import stage_job, tunable_model
+        from bimo.training.stage_checks import check_stage
 
         assert self.stage is not None
         stage = recipe.stage[self.stage]
@@ -139,6 +141,7 @@ class Trials:
         prepared = prepare_stage(stage, place, workers=None, progress=progress)
         data = StageData(recipe, stage, place, base, prepared, progress)
         texts, kind = stage_texts(data, self.tell), data.kind
+        self.counted = {"classes": "text", "embeddings": "query"}.get(kind.name, "token")
         job = stage_job(recipe, stage, base, texts, kind.make_loader)
 
         def model() -> Any:
@@ -163,7 +166,9 @@ class Trials:
 
 def searched_stage(recipe: Recipe) -> int | None:
     """Which [[stage]] the search is about; None: the pretraining. Raises UsageError if that cannot be told."""
-    keys = list(recipe.search.space) if recipe.search else []
+    if recipe.search is None:
+        return None
+    keys = list(recipe.search.space)
     numbers = {key.split(".")[1] for key in keys if key.startswith("stage.")}
     common = [key for key in keys if not key.startswith("stage.") and key != "seed"]
     if not numbers:
@@ -198,11 +203,11 @@ def _content(texts: Texts, beside: set[str], *more: str) -> str:
     return fingerprint([(name, zlib.crc32(file.tokens.data)) for name, file in files if name not in beside], *more)
 
 
-def _loss(event: Evaluation, job: Job) -> tuple[str, float]:
-    """Bits per byte, which compares between vocabularies too, where there are bytes."""
+def _loss(event: Evaluation, job: Job, counted: str) -> tuple[str, float]:
+    """Bits per byte, which compares between vocabularies too, where there are bytes; else by what is `counted`."""
     scores = [score for name, score in event.scores.items() if name not in job.beside]
     total = sum(scores, Score())
-    return ("bits_per_byte", total.bits_per_byte) if total.num_bytes else ("nats_per_token", total.nats_per_token)
+    return ("bits_per_byte", total.bits_per_byte) if total.num_bytes else (f"nats_per_{counted}", total.nats_per_token)
 
 
 class _Losses:

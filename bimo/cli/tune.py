@@ -33,7 +33,12 @@ __all__ = ["tune"]
 
 SHOWN = 12  # trials in the table while it runs
 POLL = 0.5  # seconds between looks at the other processes
-LOSSES = {"bits_per_byte": "bits per byte", "nats_per_token": "nats per token"}
+LOSSES = {
+    "bits_per_byte": "bits per byte",
+    "nats_per_token": "nats per token",
+    "nats_per_text": "nats per text",
+    "nats_per_query": "nats per query",
+}
 BIAS = "this very score chose among {count} trials, so it is a little too good: measure the result on other text"
 
 

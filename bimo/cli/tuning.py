@@ -32,15 +32,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "StageData",
+    "altered",
     "augmented_copies",
+    "left_out",
     "open_stage_base",
     "prepare_stage",
     "stage_folder",
     "stage_texts",
     "task_documents",
+    "tell_of_bad_rows",
 ]
 
 SHOWN = 5  # rows that are named one by one
+LEFT_OUT = "left_out.json"  # beside the tokens: (id, reason) of each example that did not fit
 
 
 def stage_folder(folder: Path, stage: StageRecipe) -> Path:
@@ -48,19 +52,32 @@ def stage_folder(folder: Path, stage: StageRecipe) -> Path:
 
 
 def open_stage_base(recipe: Recipe, stage: StageRecipe, folder: Path, progress: Progress) -> Base:
-    """The model the stage begins with: the one it names, else that of the stage before, else the pretrained one."""
-    from bimo.backends.adapters import find_model
+    """The model the stage begins with: the one it names, else that of the stage before, else the pretrained one. An
+    adapter is worked into its base first, in folder/NAME/base."""
+    from bimo.backends.adapters import find_model, is_mergeable, write_model
+    from bimo.data.shards import fingerprint
+    from bimo.formats.integrity import weights_mark
     from bimo.training.finetune import open_base
 
     def opened(reference: str) -> Base:
         found = find_model(reference, progress=progress)
-        if found.adapter is not None:
+        if found.adapter is None:
+            return open_base(reference, found.directory)
+        if not is_mergeable(found.adapter):
             raise UsageError(
-                f"{reference} is an adapter, a stage begins with a whole model: merge it first (bimo convert "
-                f"{reference} DIRECTORY) and name that",
+                f"{reference} is an adapter that is no change of its base's weights, and a stage begins with a whole "
+                f"model: train a lora instead",
                 "base",
             )
-        return open_base(reference, found.directory)
+        merged = stage_folder(folder, stage) / "base"
+        stamp = merged / ".made-from"
+        mark = fingerprint(weights_mark(found.directory), found.adapter / "adapter_model.safetensors")
+        if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == mark):
+            progress(f"merging {reference} into its base", 0, 0)
+            merged.parent.mkdir(parents=True, exist_ok=True)
+            write_model(found, merged, reference)
+            stamp.write_text(mark, encoding="utf-8")
+        return open_base(str(merged.absolute()), merged)
 
     if stage.base is not None:
         return opened(stage.base)
@@ -69,11 +86,11 @@ def open_stage_base(recipe: Recipe, stage: StageRecipe, folder: Path, progress: 
     place = before / "model"
     if not place.is_dir():
         raise UsageError(
-            f"stage {stage.name} begins with {place}, which is not there yet: run the whole recipe with `bimo run`, or "
-            f"name a base",
+            f"stage {stage.name} begins with {place}, which is not there yet: run what comes before it first (the same "
+            f"command without --stage), or name a base",
             "base",
         )
-    return opened(str(place))
+    return opened(str(place.absolute()))
 
 
 def prepare_stage(stage: StageRecipe, folder: Path, *, workers: int | None, progress: Progress) -> Prepared:
@@ -122,7 +139,10 @@ class StageData:
     def __init__(
         self, recipe: Recipe, stage: StageRecipe, folder: Path, base: Base, prepared: Prepared, progress: Progress
     ) -> None:
+        from bimo.backends.adapters import find_model
         from bimo.data.shards import fingerprint
+        from bimo.formats.huggingface import read_model_config
+        from bimo.models.config import Seq2SeqConfig
         from bimo.training.finetune import row_length
         from bimo.training.stage_kinds import stage_kind
 
@@ -136,7 +156,14 @@ class StageData:
         self.augmented: dict[str, Any] = {}  # of the tasks that were, how many copies of each kind
         augmented = [task.augment.model_dump() for task in stage.task if task.augment]
         lists = [Path(file) for task in stage.task if task.augment for file in task.augment.synonym_files]
+        if missing := [file for file in lists if not file.is_file()]:
+            raise UsageError(f"the list of synonyms {missing[0]} is not there: correct the path, which is relative to "
+                             f"the recipe", "synonym_files")  # fmt: skip
         models = [model for task in stage.task if task.augment for model in task.augment.back_translation or ()]
+        for model in models:
+            if not isinstance(read_model_config(find_model(model, progress=progress).directory), Seq2SeqConfig):
+                raise UsageError(f"back_translation needs two models that translate, encoder-decoders, and {model} is "
+                                 f"none", "back_translation")  # fmt: skip
         lists += [about for model in models if (about := Path(model, "bimo.json")).is_file()]  # trained anew: another
         tokenizer = base.tokenizer.directory / "tokenizer.json"
         wishes = (self.length, stage.too_long, self.kind.mark, augmented and recipe.seed, augmented)
@@ -158,6 +185,7 @@ class StageData:
 
         place, mark = self.folder / "tokens" / name, f"{self.mark} {mark}"
         if TokenFile.is_whole(place, mark):
+            self.refused += _left_out(place)
             return TokenFile.open(place)
         refused: list[tuple[str, str]] = []
 
@@ -173,6 +201,8 @@ class StageData:
             self.refused += refused
             if self.stage.too_long == "stop":
                 place.joinpath("about.json").unlink()  # made again when the recipe says otherwise
+            else:
+                (place / LEFT_OUT).write_text(json.dumps(refused, ensure_ascii=False), encoding="utf-8")
         return file
 
     def _dropped_copy(self, name: str, document: str, reason: str) -> bool:
@@ -187,15 +217,18 @@ class StageData:
 
     def check_refused(self, tell: Callable[[str], None]) -> None:
         """Raise DataError naming the examples that were refused, or tell how many are left out."""
+        from bimo.training.finetune import longest_row
+
         if not self.refused:
             return
         listed = "; ".join(f"{name} {reason}" for name, reason in self.refused[:SHOWN])
         more = f"; and {len(self.refused) - SHOWN} more" if len(self.refused) > SHOWN else ""
         if self.stage.too_long == "stop":
-            raise DataError(
-                f'{listed}{more}: shorten them, raise length in the stage, or set too_long = "skip" to leave them out'
-            )
-        tell(f"{len(self.refused)} examples are left out: {listed}{more}")
+            most = longest_row(self.stage, self.base.config)
+            larger = ", raise length in the stage" if self.length < most else ""
+            mend = f"shorten them{larger}" if all(" tokens" in reason for _, reason in self.refused) else "mend them"
+            raise DataError(f'{listed}{more}: {mend}, or set too_long = "skip" to leave them out')
+        tell(f"{_counted(len(self.refused), 'example')} left out: {listed}{more}")
 
 
 def stage_texts(data: StageData, tell: Callable[[str], None]) -> Texts:
@@ -214,6 +247,10 @@ def stage_texts(data: StageData, tell: Callable[[str], None]) -> Texts:
         file = data.write(f"validation-{task.name}", partial(task_documents, prepared, "validation", task))
         if len(file.tokens):
             validation[task.name] = file
+        elif stage.validation:
+            tell(f"no example of {task.name} fell to validation, so it is not scored: raise the stage's validation "
+                 f"({stage.validation:g})")  # fmt: skip
+    data.check_refused(tell)  # before the base writes texts for minutes
     if stage.replay.share and data.kind.can_replay:
         remembered, held_out, mark = _replay(data.recipe, stage, data.folder, data.base, data.progress)
         again = data.write(f"train-{REPLAY}", remembered, mark, chosen=False)
@@ -227,8 +264,31 @@ def stage_texts(data: StageData, tell: Callable[[str], None]) -> Texts:
                 "there is no text worth remembering, so forgetting is neither held back nor measured: name a "
                 "replay.source, or another"
             )
-    data.check_refused(tell)
     return Texts(train, validation, data.base.tokenizer)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what} is" if count == 1 else f"{count:,} {what}s are"
+
+
+def _left_out(place: Path) -> list[tuple[str, str]]:
+    file = place / LEFT_OUT
+    return [(name, why) for name, why in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+
+
+def left_out(folder: Path, prepared: Prepared) -> tuple[int, list[tuple[str, str]]]:
+    """How many rows and examples of a stage are not used, and why, of the first ones."""
+    rows = [(damage["id"], damage["reason"]) for damage in prepared.manifest["damages"]]
+    long = [row for place in sorted((folder / "tokens").glob("*")) for row in _left_out(place)]
+    return prepared.manifest["num_damages"] + len(long), rows + long
+
+
+def tell_of_bad_rows(prepared: Prepared, tell: Callable[[str], None]) -> None:
+    """What cannot be read, where the stage says that the others are enough."""
+    if damages := prepared.manifest["damages"]:
+        listed = "; ".join(f"{damage['id']} {damage['reason']}" for damage in damages[:SHOWN])
+        more = "; ..." if prepared.manifest["num_damages"] > SHOWN else ""
+        tell(f"{_counted(prepared.manifest['num_damages'], 'row')} left out: {listed}{more}")
 
 
 def augmented_copies(folder: Path, stage: StageRecipe) -> dict[str, dict[str, dict[str, int]]]:
@@ -252,22 +312,27 @@ def _told(made: dict[str, dict[str, int]]) -> str:
 
 def _augmented(task: TaskRecipe, data: StageData) -> Iterator[Document]:
     """The task's training examples, and altered copies of them behind all."""
-    prepared = data.prepared
-    yield from task_documents(prepared, "train", task)
+    documents = partial(task_documents, data.prepared, "train", task)
+    yield from documents()
+    yield from altered(task, data, documents)
+
+
+def altered(task: TaskRecipe, data: StageData, documents: Callable[[], Iterable[Document]]) -> Iterator[Document]:
+    """Altered copies of some training examples, as the task wishes; none otherwise."""
     if task.augment is None:
         return
     from bimo.data.augment import Augmenter
 
     augmenter = Augmenter.of(task.augment, data.recipe.seed, data.progress, instruction=task.instruction)
-    for document in task_documents(prepared, "train", task):
+    for document in documents():
         yield from augmenter.augment(document)
     if task.augment.back_translation:
-        yield from _back_translated(task, augmenter, prepared, data.progress)
+        yield from _back_translated(task, augmenter, documents, data.progress)
     data.augmented[task.name] = {"copies": dict(augmenter.copies), "dropped": dict(augmenter.dropped)}
 
 
 def _back_translated(
-    task: TaskRecipe, augmenter: Augmenter, prepared: Prepared, progress: Progress
+    task: TaskRecipe, augmenter: Augmenter, documents: Callable[[], Iterable[Document]], progress: Progress
 ) -> Iterator[Document]:
     """Copies of the questions, through two translating models."""
     import bimo
@@ -275,10 +340,10 @@ def _back_translated(
 
     assert task.augment is not None and task.augment.back_translation is not None
     there, back = task.augment.back_translation
-    total = sum(1 for _ in task_documents(prepared, "train", task))
+    total = sum(1 for _ in documents())
 
     def counted() -> Iterator[Document]:
-        for number, document in enumerate(task_documents(prepared, "train", task), 1):
+        for number, document in enumerate(documents(), 1):
             progress("translating there and back", number, total)
             yield document
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bimo.cli.tuning import augmented_copies
+from bimo.cli.tuning import augmented_copies, left_out
 from bimo.cli.tuning_tables import KINDS
 from bimo.data.documents import read_documents
 from bimo.data.pipeline import Prepared
@@ -26,6 +26,7 @@ UNITS = {  # of the loss, by what is learned
     "classes": ("nats a text", "每文本奈特"),
     "embeddings": ("nats a query", "每查询奈特"),
 }
+LISTED = 20  # of what is left out
 SHOWN = 8  # answers of a task, side by side
 SCORED = 32  # answers of a task that are written for ROUGE-L
 
@@ -50,6 +51,10 @@ def write_stage_report(recipe: Recipe, stage: StageRecipe, folder: Path, kind: s
     if augmented := augmented_copies(place, stage):
         figures["augmented"] = augmented
         tables = [_copies(augmented), *tables]
+    number, why = left_out(place, Prepared.open(place / "data"))
+    if number:
+        figures["left_out"] = number
+        tables.append(_not_used(number, why))
     facts = [
         ("base 基座", lineage.get("parent", ""), ""),
         ("adapter 适配器", stage.adapter.kind if stage.adapter else "none: all weights 无：全部权重", ""),
@@ -91,6 +96,13 @@ def _copies(augmented: dict[str, dict[str, dict[str, int]]]) -> Table:
     ]
     note = "of training examples only, each with the id of its example 仅训练样例，编号含原样例"
     return Table("Altered copies 改写副本", ("", "examples 样例", ""), rows, note)
+
+
+def _not_used(number: int, why: list[tuple[str, str]]) -> Table:
+    shown = why[:LISTED]
+    note = "rows that cannot be read, examples longer than a row 读不了的行，长过一行的样例"
+    note += f"; the first {len(shown)} of {number:,}" if number > len(shown) else ""
+    return Table(f"Left out: {number:,} 未用", ("", "why 原因"), shown, note)
 
 
 def _first_and_last(place: Path) -> tuple[dict[str, float], dict[str, float]]:

@@ -107,7 +107,13 @@ def _asked(question: str, answer: str) -> Example:
 def _labelled(row: Mapping[str, Any], text: str, label: str | None) -> Example:
     field = label or next((name for name in LABELS if name in row), "label")
     value = row.get(field)
-    if isinstance(value, bool) or value is None or isinstance(value, (list, Mapping)) or not str(value).strip():
+    if (
+        isinstance(value, bool)
+        or value is None
+        or value != value
+        or isinstance(value, (list, Mapping))
+        or not str(value).strip()
+    ):
         raise BadRow(f"rows without a class in the field {field!r}")
     content = fill(text, row)
     if not content.strip():

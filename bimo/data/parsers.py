@@ -17,6 +17,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -275,11 +276,11 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
 def _as_text(value: Any, field: str) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and not math.isnan(value):
         return str(value)
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
-    if value is None:
+    if value is None or isinstance(value, float):  # a table's word for an empty cell is NaN
         return ""
     raise BadRow(f"rows whose field {field!r} is not text")
 

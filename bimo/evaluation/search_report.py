@@ -21,7 +21,12 @@ from bimo.training.search import Trial
 __all__ = ["write_search_report"]
 
 BLUE, GREY, RED = "#2563eb", "#a8a29e", "#dc2626"
-METRICS = {"bits_per_byte": "bits per byte 每字节比特", "nats_per_token": "nats per token 每词元奈特"}
+METRICS = {
+    "bits_per_byte": "bits per byte 每字节比特",
+    "nats_per_token": "nats per token 每词元奈特",
+    "nats_per_text": "nats per text 每文本奈特",
+    "nats_per_query": "nats per query 每查询奈特",
+}
 STATES = {"complete": "完成", "pruned": "提前停止", "failed": "失败", "running": "运行中", "waiting": "等待"}
 METHODS = {"grid": "grid 网格", "random": "random 随机", "tpe": "TPE, Bayesian 贝叶斯"}
 

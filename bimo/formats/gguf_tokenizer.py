@@ -16,6 +16,7 @@ family's own tokenizer.json for the expressions.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from bimo.tokenizer.load import END_OF_TURN_TOKENS, Tokenizer
 
 __all__ = ["PRE_TOKENIZERS", "PreTokenizer", "tokenizer_from_gguf", "tokenizer_to_gguf"]
 
+ANY_OF_LENGTH = re.compile(r"\[\\s\\S\]\{1,\d{2,}\}")  # "[\s\S]{1,100}"
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -359,6 +361,8 @@ def _pre_tokenizer_name(state: dict[str, Any]) -> str:
                 splits += [_GPT2] if step.get("use_regex", True) else []
             case {"type": "Digits", "individual_digits": True}:
                 splits.append(r"\p{N}")
+            case {"type": "Split", "pattern": {"Regex": str(pattern)}} if ANY_OF_LENGTH.fullmatch(pattern):
+                pass  # bimo's own cut only what no reader meets whole: a hundred letters without a space or a comma
             case {"type": "Split", "pattern": {"Regex": str(pattern)}}:
                 # isolating matches, and removing what lies between them, cut alike when all text matches
                 splits.append(pattern)

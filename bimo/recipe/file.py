@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -99,11 +100,19 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     Relative paths in it are made absolute, from the recipe's folder. Raises UsageError naming the line or the key.
     """
     try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes().decode("utf-8-sig")
+        raw = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror}): give a recipe, a TOML file", "recipe") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not TOML: {error}", "recipe") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UsageError(
+            f"{file}, line {line}: expected UTF-8, got the byte 0x{error.object[error.start]:02x}; save it as UTF-8 (a "
+            f"Chinese recipe may be in GBK)",
+            "recipe",
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{file} is not TOML: {error}{_unquoted(text, str(error))}", "recipe") from None
     for override in overrides:
         _override(raw, override)
     try:
@@ -120,6 +129,28 @@ def save_recipe(recipe: Recipe, file: Path) -> None:
     file.write_text("\n".join(lines).strip() + "\n", encoding="utf-8")
 
 
+def _unquoted(text: str, error: str) -> str:
+    """A hint where a key has letters that need quotes."""
+    found = re.search(r"at line (\d+)", error)
+    key = text.splitlines()[int(found[1]) - 1].partition("=")[0].strip() if found else ""
+    if key.isascii() or key.startswith(('"', "'", "[", "#")):
+        return ""
+    return f'; keys of other letters than a-z stand in quotes: "{key}" = ...'
+
+
+def _parts(key: str) -> list[str]:
+    """Of a dotted key, some of which may be quoted: 'search.space."stage.0.length"'."""
+    try:
+        value: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:  # letters that TOML would have in quotes
+        return [part.strip() for part in key.split(".")]
+    parts = list[str]()
+    while isinstance(value, dict):
+        ((part, value),) = value.items()
+        parts.append(part)
+    return parts
+
+
 def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
@@ -128,7 +159,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()  # a bare word is a text
-    *parents, last = (part.strip() for part in key.split("."))
+    *parents, last = _parts(key)
     place: Any = raw
     for part in parents:
         place = _step_into(place, part, key)
@@ -162,7 +193,12 @@ def _explain(error: ValidationError) -> str:
     got = "" if first["type"] == "missing" or isinstance(first["input"], dict) else f", not {first['input']!r:.80}"
     if first["type"] in ("model_type", "model_attributes_type"):  # pydantic names a class that no user knows
         return f"{place} is a table, such as {{key = value}}{got}"
-    return f"{place}: ".removeprefix(": ") + first["msg"].removeprefix("Value error, ") + got
+    if first["type"] == "too_short":
+        return f"{place} is empty: at least one is expected"
+    if first["type"] == "string_pattern_mismatch":
+        return f"{place} has letters, digits, dots, hyphens and underscores{got}"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    return f"{place}: ".removeprefix(": ") + message + got
 
 
 def _section_of(annotation: Any) -> Any:

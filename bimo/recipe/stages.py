@@ -42,6 +42,8 @@ __all__ = [
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 RESERVED = {"replay", "general", "pseudo"}  # files of a stage beside its tasks
+SHORTEST_PASSAGE = 50  # characters
+MOST = 65_536  # ranks and widths; more are more than any matrix has
 TARGETS: tuple[Target, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -60,15 +62,15 @@ class AdapterRecipe(Section):
     """
 
     kind: Literal["lora", "adalora", "bottleneck", "prefix"] = "lora"
-    rank: Count = 16
-    initial_rank: int = Field(default=0, ge=0)
+    rank: int = Field(default=16, gt=0, le=MOST)
+    initial_rank: int = Field(default=0, ge=0, le=MOST)
     alpha: float = Field(default=32.0, gt=0)
-    dropout: Share = 0.0
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = TARGETS
     rslora: bool = False
     dora: bool = False
     quant: Literal["none", "int8", "int4"] = "none"
-    width: Count = 64
+    width: int = Field(default=64, gt=0, le=MOST)
     tokens: Count = 20
 
     @model_validator(mode="after")
@@ -300,9 +302,16 @@ class StageRecipe(Section):
     length: int = Field(default=0, ge=0)
     passage_chars: int = Field(default=0, ge=0)
     mixing_temperature: float = Field(default=1.0, ge=1)
-    dropout: float = Field(default=-1.0, ge=-1, le=1)
+    dropout: float = Field(default=-1.0, ge=-1, lt=1)
     r_drop: float = Field(default=0.0, ge=0)
     training: StageTrainingRecipe = StageTrainingRecipe()
+
+    @field_validator("passage_chars")
+    @classmethod
+    def _whole_sentences(cls, count: int) -> int:
+        if 0 < count < SHORTEST_PASSAGE:
+            raise ValueError(f"passages have {SHORTEST_PASSAGE} characters or more, 0 leaves texts whole")
+        return count
 
     @field_validator("task")
     @classmethod

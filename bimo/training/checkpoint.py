@@ -107,9 +107,11 @@ def remove_old(folder: Path, keep: int) -> None:
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose files are as they were written; `warn` is told of others."""
-    for path in reversed(checkpoints(folder)):
+    found = checkpoints(folder)
+    for path in reversed(found):
         try:
-            check_record(path, "the one before it is used", full=True)
+            mend = "training begins anew" if path == found[0] else "the one before it is used"
+            check_record(path, mend, full=True)
             return path
         except CorruptModelError as error:
             warn(f"checkpoint {path.name} is damaged: {error}")

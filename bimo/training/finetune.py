@@ -37,7 +37,7 @@ __all__ = [
     "GENERAL",
     "PSEUDO",
     "Base",
-    "check_stage",
+    "longest_row",
     "objective_kind",
     "open_base",
     "pseudo_folder",
@@ -94,43 +94,18 @@ def objective_kind(stage: StageRecipe, config: ModelConfig) -> str:
 
 def row_length(stage: StageRecipe, config: ModelConfig) -> int:
     """Tokens of a row. Raises UsageError for more than the base can read."""
-    most = config.max_positions
-    if stage.adapter is not None and stage.adapter.kind == "prefix":
-        most -= stage.adapter.tokens  # they take places, too
+    most = longest_row(stage, config)
     if stage.length > most:
         raise UsageError(f"length {stage.length} is more than the base reads, {most} tokens: lower it", "length")
     return stage.length or min(USUAL_LENGTH, most)
 
 
-def check_stage(stage: StageRecipe, config: ModelConfig) -> None:
-    """Raise UsageError for wishes the base cannot fulfil, before any work begins."""
-    kind = objective_kind(stage, config)
-    row_length(stage, config)
-    if stage.too_long == "cut" and kind not in ("classes", "embeddings"):
-        raise UsageError('too_long = "cut" is for texts that an encoder reads, an answer that is cut teaches to break '
-                         'off: use "skip", or a larger length', "too_long")  # fmt: skip
-    if kind != "answers" and (stage.penalty.repetition or stage.penalty.listed):
-        raise UsageError(
-            f"penalty is for answers that a decoder writes, {config.family} is none: leave it out", "penalty"
-        )
-    if stage.r_drop and kind == "embeddings":
-        raise UsageError("r_drop compares scores of words or classes, embeddings have none: leave it out", "r_drop")
-    if stage.pseudo_labels is not None:
-        if kind != "classes":
-            raise UsageError(f"pseudo_labels are classes, and this stage learns {kind}: leave them out",
-                             "pseudo_labels")  # fmt: skip
-        names = [task.name for task in stage.task]
-        if stage.pseudo_labels.task not in (names if len(names) > 1 else [*names, None]):
-            raise UsageError(f"pseudo_labels.task says whose classes the texts get, one of {', '.join(names)}",
-                             "pseudo_labels")  # fmt: skip
-    if kind != "answers" and stage.replay.source is not None:
-        raise UsageError(f"replay is for decoders that write answers, {config.family} is trained on {kind}: leave "
-                         f"replay.source out", "replay")  # fmt: skip
-    dropout: float = getattr(config, "dropout", 0.0) if stage.dropout < 0 else stage.dropout
-    if stage.r_drop and not dropout:
-        raise UsageError(
-            "r_drop compares passes with different dropout, and there is none: set dropout = 0.1", "r_drop"
-        )
+def longest_row(stage: StageRecipe, config: ModelConfig) -> int:
+    """What the base can read."""
+    most = config.max_positions
+    if stage.adapter is not None and stage.adapter.kind == "prefix":
+        most -= stage.adapter.tokens  # they take places, too
+    return most
 
 
 def tunable_model(

@@ -103,8 +103,9 @@ class Search:
         or one that holds the search of another recipe; MissingDependencyError for a database without its driver.
         """
         if recipe.search is None:
+            key = "training.learning_rate" if recipe.data.sources else "stage.0.training.learning_rate"
             raise UsageError('the recipe does not say what to search: add [search.space] with a line such as '
-                             '"training.learning_rate" = {low = 1e-4, high = 1e-2, log = true}', "recipe")  # fmt: skip
+                             f'"{key}" = {{low = 1e-5, high = 1e-3, log = true}}', "recipe")  # fmt: skip
         notes = _check(recipe.search, resolve)
         folder.mkdir(parents=True, exist_ok=True)
         url = storage or f"sqlite:///{folder.absolute() / 'search.db'}"

@@ -52,7 +52,8 @@ def _same(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class StageKind:
-    """mark: changes with what `encode` makes of the same documents. can_replay: the base can learn any text."""
+    """mark: changes with what `encode` makes of the same documents. can_replay: the base can learn any text. classes:
+    by their numbers."""
 
     name: str
     encode: Encode
@@ -61,6 +62,7 @@ class StageKind:
     with_heads: Callable[[Any], Any] = _same
     mark: str = ""
     can_replay: bool = False
+    classes: tuple[str, ...] = ()
 
 
 def stage_kind(stage: StageRecipe, base: Base, train: Documents, validation: Documents, *, seed: int) -> StageKind:
@@ -111,7 +113,7 @@ def _classes(stage: StageRecipe, base: Base, train: Documents, validation: Docum
     loss, loader = class_objective(labels, _loss_weights(stage))
     heads = partial(with_classes, labels=labels.names, seed=seed)
     mark = repr(labels.names)
-    return StageKind("classes", encode, with_r_drop(loss, stage.r_drop), loader, heads, mark)
+    return StageKind("classes", encode, with_r_drop(loss, stage.r_drop), loader, heads, mark, classes=labels.plain)
 
 
 def _embeddings(stage: StageRecipe, base: Base, train: Documents, validation: Documents, seed: int) -> StageKind:

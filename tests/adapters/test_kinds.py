@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from bimo.adapters.kinds import ADAPTERS, adapter_of, attach
+from bimo.adapters.kinds import ADAPTERS, adapter_of, attach, num_weights
 from bimo.errors import UsageError
 from bimo.models.config import LSTMConfig
 from bimo.models.recurrent import LSTMLanguageModel
@@ -40,6 +40,8 @@ def test_any_kind_takes_a_quantised_base(kind: str, quant: str) -> None:
     adapter = attach(model, AdapterRecipe(kind=kind, quant=quant), seed=0, dtype="bfloat16")  # type: ignore[arg-type]
     assert all(layer.weight is None for layer in adapter.layers.values())
     assert len(adapter.layers) == 8
+    plain = sum(weight.numel() for weight in make("llama").parameters())
+    assert num_weights(model) == plain + sum(weight.numel() for weight in adapter.trained.values())
     model(torch.ones(1, 5, dtype=torch.int64)).sum().backward()
     assert any(weight.grad is not None for weight in adapter.trained.values())
 

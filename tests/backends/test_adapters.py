@@ -23,6 +23,7 @@ from bimo.engine.kernels import load_kernels
 from bimo.engine.request import Request, SamplingParams
 from bimo.errors import BimoError, ModelNotFoundError, UsageError
 from bimo.formats.huggingface import read_config
+from bimo.formats.integrity import weights_mark
 from bimo.formats.peft import read_adapter, write_adapter
 from bimo.recipe import AdapterRecipe
 from bimo.tokenizer.load import Tokenizer
@@ -184,6 +185,25 @@ def test_what_cannot_be_loaded_is_said(folders: dict[str, Path], tiny_model_dir:
     for kind, words, settings in cases:
         with pytest.raises(kind, match=words):
             load(**{"reference": tiny_model_dir, **settings})
+
+
+def test_a_base_that_was_trained_anew_is_told(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the same shapes, so that nothing else would tell."""
+    base = make_tiny_model(tmp_path / "base")
+    adapter = shutil.copytree(folders["support"], tmp_path / "客服")
+    about = json.loads((adapter / "bimo.json").read_text()) | {"base": str(base), "parent_mark": weights_mark(base)}
+    (adapter / "bimo.json").write_text(json.dumps(about))
+    settings: dict[str, Any] = {"dtype": "float32", "kv_cache_tokens": 512}
+    for reference, adapters in ((adapter, None), (base, {"客服": adapter})):
+        bimo.load(str(reference), adapters=adapters, **settings).close()
+    assert not caplog.records
+    shutil.rmtree(base)
+    make_tiny_model(base, seed=1)
+    for number, (reference, adapters) in enumerate(((adapter, None), (base, {"客服": adapter})), 1):
+        bimo.load(str(reference), adapters=adapters, **settings).close()
+        assert [record.getMessage().count("客服 was trained on") for record in caplog.records] == [1] * number
 
 
 def test_an_adapter_for_another_base_is_said(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def test_figures_of_all_variants_and_seeds(recipe: Path, capfd: pytest.CaptureFi
     folder = Path("runs/kinds/variants")
     assert (folder / "plain" / "0" / "stage" / "model").is_dir()
 
+    # other examples: all is trained anew
+    write_notes(Path("notes.jsonl"), 7)
+    assert main(["compare", str(recipe), "--json"]) == 0
+    told = capfd.readouterr()
+    assert told.err.count("seed 0 (") == 2
+    assert json.loads(told.out)["variants"]["plain"][0]["loss, notes"] != plain[0]["loss, notes"]
+
     # one more seed: only that is trained
     assert main(["compare", str(recipe), "--set", "compare.seeds=2"]) == 0
     told = capfd.readouterr()
@@ -114,8 +121,8 @@ def test_a_recipe_that_compares_nothing(recipe: Path, capfd: pytest.CaptureFixtu
 
 
 def test_a_training_that_fails_keeps_what_is_done(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    wishes = ["--set", 'compare.variants={plain = [], gone = ["stage.0.base=./nowhere"]}', "--set", "compare.seeds=1"]
+    wishes = ["--set", 'compare.variants={plain = [], gone = ["stage.0.length=100000"]}', "--set", "compare.seeds=1"]
     assert main(["compare", str(recipe), *wishes]) == 1
     told = capfd.readouterr().err
-    assert "nowhere" in told and "what is done stays done" in told
+    assert "more than the base reads" in told and "what is done stays done" in told
     assert Path("runs/kinds/variants/plain/0/compared.json").is_file()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from bimo.cli.main import main
 from bimo.training.session import read_metrics
@@ -96,9 +97,14 @@ def test_an_adapter_is_merged_by_convert_and_a_stage_goes_on_from_it(
             answers = [str(model.chat(question, max_tokens=12, temperature=0)) for model in (adapted, merged)]
         assert answers[0] == answers[1] != ""
     capsys.readouterr()
-    assert main(["train", str(recipe), "--set", f"stage.0.base={Path(result['model']).absolute()}", "--out", "on"]) == 2
-    assert "merge it first (bimo convert" in capsys.readouterr().err
-    assert main(["train", str(recipe), "--set", f"stage.0.base={Path('merged').absolute()}", "--out", "on"]) == 0
+    on = f"stage.0.base={Path(result['model']).absolute()}"
+    goes_on = run(recipe, capsys, "--set", on, "--set", "stage.0.replay.share=0", "--out", "on", "--no-report")
+    before = json.loads(Path(result["model"], "bimo.json").read_text())["scores"]
+    rows = read_metrics(Path("on/chat/metrics.jsonl"))  # it begins where the adapter ended
+    first = next(row for row in rows if "validation/sums/loss" in row)
+    last = [row for row in read_metrics(Path("runs/helper/chat/metrics.jsonl")) if "validation/sums/loss" in row][-1]
+    assert first["validation/sums/loss"] == pytest.approx(last["validation/sums/loss"], rel=1e-3) and before
+    assert Path("on/chat/base/model.safetensors").is_file() and goes_on["scores"]
 
 
 @pytest.mark.parametrize("wishes", [("stage.0.adapter.kind=lora",), ("stage.0.training.parallel=fsdp",)])
@@ -162,6 +168,9 @@ def test_good_rows_are_used_when_the_user_says_so(recipe: Path, capsys: pytest.C
     run(recipe, capsys, *options, "--set", "stage.0.replay.share=0")
     manifest = json.loads(Path("runs/helper/chat/data/manifest.json").read_text(encoding="utf-8"))
     assert manifest["num_damages"] == 1
+    assert main(["train", str(recipe), *options[1:], "--set", "stage.0.replay.share=0"]) == 0
+    assert "1 row is left out: sums/sums.jsonl" in capsys.readouterr().err
+    assert "未用" in Path("runs/helper/chat/report.html").read_text(encoding="utf-8")
 
 
 def test_an_answer_longer_than_a_row_is_named(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +181,14 @@ def test_an_answer_longer_than_a_row_is_named(recipe: Path, capsys: pytest.Captu
     assert "words/words.csv#90 has" in error and "answer alone has" in error and 'too_long = "skip"' in error
     options = ["--no-report", "--set", "stage.0.replay.share=0", "--set", "stage.0.training.steps=1"]
     assert main(["train", str(recipe), *options, "--set", "stage.0.too_long=skip"]) == 0
-    assert "1 examples are left out" in capsys.readouterr().err
+    assert "1 example is left out: words/words.csv#90 has" in capsys.readouterr().err
+    assert main(["train", str(recipe), *options[1:], "--set", "stage.0.too_long=skip", "--set", "report.pairs=0"]) == 0
+    assert "1 example is left out" in capsys.readouterr().err  # told again, and in the report
+    page = Path("runs/helper/chat/report.html").read_text(encoding="utf-8")
+    assert "未用" in page and "words/words.csv#90" in page
+    options[-1] = "stage.0.training.steps=1"
+    assert main(["train", str(recipe), *options, "--set", "stage.0.length=512", "--out", "full"]) == 1
+    assert "raise length" not in (error := capsys.readouterr().err) and "shorten them, or set" in error
 
 
 @pytest.mark.parametrize(
@@ -185,6 +201,10 @@ def test_an_answer_longer_than_a_row_is_named(recipe: Path, capsys: pytest.Captu
         ("stage.0.tasks=1", "there is no key stage.0.tasks; did you mean task?"),
         ("stage.0.adapter.knid=lora", "did you mean kind?"),
         ("stage.0.task.0.instruction=Say it", "{prompt}"),
+        ("stage.0.adapter.rank=100000", "should be less than or equal to 65536"),
+        ("stage.0.dropout=1.0", "should be less than 1"),
+        ("stage.0.passage_chars=5", "passages have 50 characters or more"),
+        ('stage.0.task.0.augment={synonyms = 0.1, synonym_files = ["没有.txt"]}', "没有.txt is not there"),
     ],
 )
 def test_wrong_recipes_are_refused(recipe: Path, capsys: pytest.CaptureFixture[str], override: str, told: str) -> None:
@@ -198,7 +218,59 @@ def test_the_preview_marks_what_is_learned(recipe: Path, capsys: pytest.CaptureF
     assert "«等于" in shown and "tokens are trained" in shown and "Chinese: word" in shown
     assert main(["data", "preview", str(recipe), "--task", "words", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
+    altered = "stage.0.task.1.augment={typos = 0.5, copies = 2}"
+    assert main(["data", "preview", str(recipe), "--task", "words", "--json", "--set", altered]) == 0
+    more = json.loads(capsys.readouterr().out)
+    assert more[:2] == rows and [row["id"] for row in more[2:]] == [
+        f"{row['id']}+typos{copy}" for row in rows for copy in ("", "2")
+    ]
+    assert main(["data", "preview", str(recipe), "--set", "stage.0.length=100000"]) == 2
+    assert "more than the base reads" in capsys.readouterr().err
     assert {row["task"] for row in rows} == {"words"} and all(0 < sum(row["trained"]) < len(row["ids"]) for row in rows)
+
+
+def test_a_finished_model_is_not_overwritten_by_another_recipe(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--set", "stage.0.replay.share=0", "--no-report"]
+    result = run(recipe, capsys, *options, "--set", "stage.0.training.steps=2")
+    weights = Path(result["model"], "model.safetensors")
+    before = weights.read_bytes()
+    assert main(["train", str(recipe), *options, "--set", "stage.0.training.steps=3"]) == 2
+    error = capsys.readouterr().err
+    assert "another recipe, where training.steps was 2 and not 3" in error and "remove runs/helper/chat/model" in error
+    with Path("words.csv").open("a", encoding="utf-8") as file:
+        file.write("one more,又一个\n")
+    assert main(["train", str(recipe), *options, "--set", "stage.0.training.steps=2"]) == 2
+    assert "was made with other texts" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+
+
+def test_two_do_not_train_in_one_folder(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/helper").mkdir(parents=True)
+    with FileLock("runs/helper/.training.lock"):
+        assert main(["train", str(recipe)]) == 2
+    assert "another process trains in runs/helper just now" in capsys.readouterr().err
+
+
+def test_wishes_without_effect_are_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wishes = ("stage.0.training.steps=1", "stage.0.replay.share=0", "stage.0.adapter.kind=lora",
+              "stage.0.adapter.width=8", "stage.0.robust.steps=5", "data.validation=0.5",
+              "report.noise=0.5")  # fmt: skip
+    options = [part for wish in wishes for part in ("--set", wish)]
+    assert main(["train", str(recipe), "--no-report", *options]) == 0
+    told = capsys.readouterr().err
+    for key in ("adapter.width of stage chat", "robust.steps of stage chat", "[data]", "report.noise"):
+        assert f"{key} has no effect" in told
+
+
+def test_a_prefix_is_trained_reported_and_answers(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wishes = ("stage.0.adapter.kind=prefix", "stage.0.adapter.tokens=5", "stage.0.training.learning_rate=0.05",
+              "stage.0.replay.share=0", "report.pairs=1", "report.max_tokens=4")  # fmt: skip
+    result = run(recipe, capsys, *(part for wish in wishes for part in ("--set", wish)))
+    assert all(row["after"] < row["before"] for row in result["figures"]["loss"].values())
+    assert set(result["figures"]["rouge_l"]) == {"sums", "words"}
+    assert main(["generate", result["model"], "--prompt", "7加7？", "--chat", "--max-tokens", "3"]) == 0
 
 
 def test_stages_need_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

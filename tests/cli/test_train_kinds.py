@@ -76,6 +76,21 @@ def test_classes_beside_a_linear_model_and_under_noise(recipe: Path, capsys: pyt
     assert "macro F1" in capsys.readouterr().out
 
 
+def test_the_preview_shows_what_each_kind_learns(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "preview", str(recipe), "--count", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "reads: [CLS]" in shown and "class: en" in shown and "tokens are trained" not in shown
+    known = TEXTS["zh"]
+    write_rows(Path("notes.jsonl"), [{"prompt": f"{known[0]} {n}", "completion": f"{known[1]} {n}"} for n in range(20)])
+    pairs = ["--set", 'stage.0.task.0.kind="pairs"', "--count", "1"]
+    assert main(["data", "preview", str(recipe), *pairs]) == 0
+    shown = capsys.readouterr().out
+    assert "query: " in shown and "passage: " in shown and known[0][0] in shown
+    assert main(["data", "preview", str(recipe), *pairs, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["kind"] == "embeddings" and 0 < row["parts"]["query"] < row["parts"]["passage"] == len(row["ids"])
+
+
 def test_pseudo_labels_are_those_of_the_first_model(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known = json.loads(Path("notes.jsonl").read_text(encoding="utf-8").splitlines()[0])["text"]
     rows = [{"text": f"{text} 第{number}次"} for texts in TEXTS.values() for text in texts for number in range(5)]
@@ -116,6 +131,18 @@ def test_nothing_to_learn_from(recipe: Path, wish: str, told: str, capsys: pytes
     wishes = ["--set", 'stage.0.pseudo_labels.source={name = "more", path = "more.jsonl"}', "--set", wish]
     assert main(["train", str(recipe), *wishes, "--set", "stage.0.training.steps=1"]) != 0
     assert told in capsys.readouterr().err
+
+
+def test_texts_to_label_are_looked_for_before_the_first_training(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wish = 'stage.0.pseudo_labels.source={name = "more", path = "more.jsonl"}'
+    assert main(["train", str(recipe), "--set", wish]) == 2
+    assert "more.jsonl" in capsys.readouterr().err and not Path("runs/kinds/stage/teacher-0").exists()
+    Path("more.jsonl").write_bytes(Path("notes.jsonl").read_bytes())
+    wishes = ("stage.0.training.steps=1", "stage.0.leaks=warn", wish)
+    assert main(["train", str(recipe), *(part for one in wishes for part in ("--set", one))]) == 1
+    assert "all texts of more stand in the examples already" in capsys.readouterr().err
 
 
 def test_embeddings_find_more_passages_than_before(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

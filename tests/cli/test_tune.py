@@ -229,3 +229,11 @@ def test_two_trainings_are_searched_one_after_the_other(recipe: Path, capsys: py
     recipe.write_text(masked.replace("[model]", '[model]\nkind = "encoder"'), encoding="utf-8")
     assert main(["tune", str(recipe), "--set", "tokenizer.kind=wordpiece"]) == 2
     assert "cannot be compared between vocabularies" in capsys.readouterr().err
+
+
+def test_other_texts_are_another_search(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tune(recipe, capsys, "--trials", "1", "--set", 'search.method="random"')
+    lines = (file := Path("texts/zh.jsonl")).read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[::2]), encoding="utf-8")
+    assert main(["tune", str(recipe), "--trials", "2", "--set", 'search.method="random"']) == 2
+    assert "the texts, or the base, have changed since the search in runs/small began" in capsys.readouterr().err

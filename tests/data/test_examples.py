@@ -87,6 +87,8 @@ def test_labels_and_texts() -> None:
         ({"prompt": "", "completion": "答"}, "question is empty"),
         ({"text": "x", "label": None}, "without a class"),
         ({"text": "x", "label": ["a"]}, "without a class"),
+        ({"text": "x", "label": float("nan")}, "without a class"),
+        ({"prompt": "x", "completion": float("nan")}, "answer is empty"),
         ({"foo": 1}, "no known layout"),
         ({"instruction": "a", "output": "b", "history": "c"}, "history is no list"),
     ],

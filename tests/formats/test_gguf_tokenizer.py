@@ -12,6 +12,7 @@ import pytest
 from bimo.errors import CorruptModelError, UnsupportedModelError
 from bimo.formats.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf, tokenizer_to_gguf
 from bimo.tokenizer.load import Tokenizer
+from bimo.tokenizer.train import save_tokenizer, train_tokenizer
 from tests.tokenizer.tiny import SAMPLES, byte_level_metadata, load, sentencepiece_metadata
 
 
@@ -231,3 +232,15 @@ def test_what_gguf_cannot_say_is_refused(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UnsupportedModelError, match="no name"):
         tokenizer_to_gguf(tmp_path)
+
+
+def test_a_tokenizer_that_bimo_has_learned_there_and_back(tmp_path: Path) -> None:
+    texts = [*SAMPLES, "从前有一个小小的模型，它会算 12 加 34。" * 3, "Once upon a time there's a tiny model.\n"]
+    save_tokenizer(train_tokenizer(texts, vocab_size=600), tmp_path / "own")
+    metadata = tokenizer_to_gguf(tmp_path / "own")
+    (tmp_path / "back").mkdir()
+    tokenizer_from_gguf(metadata, tmp_path / "back")
+    own, back = (Tokenizer.from_directory(tmp_path / name) for name in ("own", "back"))
+    for text in texts:
+        assert back.encode(text) == own.encode(text)
+    assert back.chat_template == own.chat_template

@@ -391,7 +391,7 @@ def test_a_database_without_its_driver(
         ('"training.steps" = { low = 1, high = 10, step = 0 }', "step is above 0"),
         ('"training.steps" = { lo = 1, high = 10 }', "has no lo; did you mean low?"),
         ('"training.steps" = { low = 1 }', "training.steps.high: Field required"),
-        ('"training.steps" = { low = "a", high = 10 }', "training.steps.low: Input should be"),
+        ('"training.steps" = { low = "a", high = 10 }', "training.steps.low: it should be"),
         ('"training.steps" = []', "empty list"),
         ('"training.steps" = 5', "a range such as"),
         ('"training.steps" = [5, 6, 5]', "has the choice 5 twice"),
