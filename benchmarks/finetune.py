@@ -5,8 +5,9 @@
 
 Both read the same examples of the recipe's first stage, encoded once, as often: the peer in batches of `--batch`
 examples, padded to the longest of each; bimo in rows of whole examples, so many whole rows a step as come nearest to
-such a batch's tokens, and all rows once. Counted are tokens of examples, never padding. Afterwards both are scored
-alike on examples that neither has seen, and each process's largest memory is told. Needs `pip install bimo[bench]`.
+such a batch's tokens, and all rows once; each round with a seed of its own. Counted are tokens of examples, never
+padding. Afterwards both are scored alike on examples that neither has seen, and each process's largest memory is
+told. Needs `pip install bimo[bench]`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def prepare_examples(recipe: str, folder: Path, count: int) -> None:
     (folder / "examples.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def run_bimo(kind: str, folder: Path, batch: int, dtype: str) -> dict[str, Any]:
+def run_bimo(kind: str, folder: Path, batch: int, dtype: str, seed: int) -> dict[str, Any]:
     import torch
 
     from bimo.data.example_loader import ExampleLoader
@@ -71,7 +72,7 @@ def run_bimo(kind: str, folder: Path, batch: int, dtype: str) -> dict[str, Any]:
     if kind == "lora":
         from bimo.adapters.kinds import attach
 
-        attach(model, AdapterRecipe(rank=RANK, alpha=ALPHA), 0, base="base", dtype=dtype)
+        attach(model, AdapterRecipe(rank=RANK, alpha=ALPHA), seed, base="base", dtype=dtype)
     files = {
         name: write_tokens(
             folder / f"tokens-{name}",
@@ -81,14 +82,14 @@ def run_bimo(kind: str, folder: Path, batch: int, dtype: str) -> dict[str, Any]:
         )
         for name in ("train", "held_out")
     }
-    loader = ExampleLoader([files["train"]], length=LENGTH, seed=0)
+    loader = ExampleLoader([files["train"]], length=LENGTH, seed=seed)
     a_step = max(1, round(loader.num_rows[0] * batch / len(about["train"])))
     recipe = TrainingRecipe(  # all rows once, as the peer reads all examples once
         steps=math.ceil(loader.num_rows[0] / a_step), batch_tokens=a_step * loader.row_tokens, micro_batch=batch,
         learning_rate=RATES[kind],
         schedule="constant", warmup=0, dtype=dtype, weight_decay=0.0, betas=(0.9, 0.999),
     )  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     state = TrainingState(model, make_optimizers(model, recipe), loader)
     infos = list(train(state, answer_loss, recipe))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -103,11 +104,12 @@ def run_bimo(kind: str, folder: Path, batch: int, dtype: str) -> dict[str, Any]:
     return {"tokens": seen, "seconds": sum(info.seconds for info in infos), "peak": peak, "held_out": total / count}
 
 
-def run_peer(kind: str, folder: Path, batch: int, dtype: str) -> dict[str, Any]:
+def run_peer(kind: str, folder: Path, batch: int, dtype: str, seed: int) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     about = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
+    torch.manual_seed(seed)  # of the adapter
     model: Any = AutoModelForCausalLM.from_pretrained(about["base"], dtype=torch.float32)
     if kind == "lora":
         from peft import LoraConfig, get_peft_model
@@ -140,7 +142,7 @@ def run_peer(kind: str, folder: Path, batch: int, dtype: str) -> dict[str, Any]:
         }
 
     arguments = TrainingArguments(
-        output_dir=str(folder / "out"), num_train_epochs=1, per_device_train_batch_size=batch, seed=0,
+        output_dir=str(folder / "out"), num_train_epochs=1, per_device_train_batch_size=batch, seed=seed,
         learning_rate=RATES[kind], lr_scheduler_type="constant", bf16=dtype == "bfloat16", use_cpu=True, report_to=[],
         save_strategy="no", disable_tqdm=True, optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0,
         dataloader_drop_last=True, remove_unused_columns=False, logging_steps=1000,
@@ -171,21 +173,23 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=160)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         engine, kind, folder = arguments.worker
-        print("RESULT", json.dumps(ENGINES[engine](kind, Path(folder), arguments.batch, arguments.dtype)))
+        figures = ENGINES[engine](kind, Path(folder), arguments.batch, arguments.dtype, arguments.seed)
+        print("RESULT", json.dumps(figures))
         return
     with tempfile.TemporaryDirectory() as place:
         prepare_examples(arguments.recipe, Path(place), arguments.examples)
         for kind in arguments.kinds:
             results: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
-            for _ in range(arguments.rounds):
+            for seed in range(arguments.rounds):
                 for engine in ENGINES:
                     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.finetune", arguments.recipe]
                     command += ["--dtype", arguments.dtype, "--batch", str(arguments.batch)]
-                    command += ["--worker", engine, kind, place]
+                    command += ["--seed", str(seed), "--worker", engine, kind, place]
                     told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
                     results[engine].append(json.loads(told[told.index("RESULT") + 6 :]))
             _show(kind, results)
@@ -196,9 +200,10 @@ def _show(kind: str, results: dict[str, list[dict[str, float]]]) -> None:
     for name, runs in results.items():
         speeds = [run["tokens"] / run["seconds"] for run in runs]
         medians[name] = statistics.median(speeds)
-        peak, loss = max(run["peak"] for run in runs) / 1e3, statistics.median(run["held_out"] for run in runs)
+        peak, losses = max(run["peak"] for run in runs) / 1e3, [run["held_out"] for run in runs]
         print(f"{kind:5} {name:15} {medians[name]:7.0f} tokens/s ({min(speeds):.0f}-{max(speeds):.0f})  "
-              f"{peak:6.0f} MB  held-out loss {loss:.4f}")  # fmt: skip
+              f"{peak:6.0f} MB  held-out loss {statistics.median(losses):.4f} "
+              f"({min(losses):.4f}-{max(losses):.4f})")  # fmt: skip
     ours, theirs = medians.values()
     print(f"{kind:5} bimo / peft + Trainer = {ours / theirs:.2f}x", flush=True)
 

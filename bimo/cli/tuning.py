@@ -228,7 +228,8 @@ class StageData:
             larger = ", raise length in the stage" if self.length < most else ""
             mend = f"shorten them{larger}" if all(" tokens" in reason for _, reason in self.refused) else "mend them"
             raise DataError(f'{listed}{more}: {mend}, or set too_long = "skip" to leave them out')
-        tell(f"{_counted(len(self.refused), 'example')} left out: {listed}{more}")
+        many = "1 example is" if len(self.refused) == 1 else f"{len(self.refused):,} examples are"
+        tell(f"{many} left out: {listed}{more}")
 
 
 def stage_texts(data: StageData, tell: Callable[[str], None]) -> Texts:
@@ -267,17 +268,14 @@ def stage_texts(data: StageData, tell: Callable[[str], None]) -> Texts:
     return Texts(train, validation, data.base.tokenizer)
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what} is" if count == 1 else f"{count:,} {what}s are"
-
-
 def _left_out(place: Path) -> list[tuple[str, str]]:
     file = place / LEFT_OUT
     return [(name, why) for name, why in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
 
 
 def left_out(folder: Path, prepared: Prepared) -> tuple[int, list[tuple[str, str]]]:
-    """How many rows and examples of a stage are not used, and why, of the first ones."""
+    """In how many places, and of the first ones why, rows that cannot be read or examples that do not fit are left out.
+    A place is an example, or a file with all its rows of a kind."""
     rows = [(damage["id"], damage["reason"]) for damage in prepared.manifest["damages"]]
     long = [row for place in sorted((folder / "tokens").glob("*")) for row in _left_out(place)]
     return prepared.manifest["num_damages"] + len(long), rows + long
@@ -288,7 +286,7 @@ def tell_of_bad_rows(prepared: Prepared, tell: Callable[[str], None]) -> None:
     if damages := prepared.manifest["damages"]:
         listed = "; ".join(f"{damage['id']} {damage['reason']}" for damage in damages[:SHOWN])
         more = "; ..." if prepared.manifest["num_damages"] > SHOWN else ""
-        tell(f"{_counted(prepared.manifest['num_damages'], 'row')} left out: {listed}{more}")
+        tell(f"rows are left out: {listed}{more}")
 
 
 def augmented_copies(folder: Path, stage: StageRecipe) -> dict[str, dict[str, dict[str, int]]]:

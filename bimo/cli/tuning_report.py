@@ -101,8 +101,8 @@ def _copies(augmented: dict[str, dict[str, dict[str, int]]]) -> Table:
 def _not_used(number: int, why: list[tuple[str, str]]) -> Table:
     shown = why[:LISTED]
     note = "rows that cannot be read, examples longer than a row 读不了的行，长过一行的样例"
-    note += f"; the first {len(shown)} of {number:,}" if number > len(shown) else ""
-    return Table(f"Left out: {number:,} 未用", ("", "why 原因"), shown, note)
+    note += f"; the first {len(shown)} of {number:,} places" if number > len(shown) else ""
+    return Table("Left out 未用", ("", "why 原因"), shown, note)
 
 
 def _first_and_last(place: Path) -> tuple[dict[str, float], dict[str, float]]:

@@ -169,7 +169,7 @@ def test_good_rows_are_used_when_the_user_says_so(recipe: Path, capsys: pytest.C
     manifest = json.loads(Path("runs/helper/chat/data/manifest.json").read_text(encoding="utf-8"))
     assert manifest["num_damages"] == 1
     assert main(["train", str(recipe), *options[1:], "--set", "stage.0.replay.share=0"]) == 0
-    assert "1 row is left out: sums/sums.jsonl" in capsys.readouterr().err
+    assert "rows are left out: sums/sums.jsonl has" in capsys.readouterr().err
     assert "未用" in Path("runs/helper/chat/report.html").read_text(encoding="utf-8")
 
 
