@@ -1,4 +1,4 @@
-"""What a mail says: its subject and its text, without the headers of its way and without attachments.
+"""What a mail says: who writes, its subject and its text, without the headers of its way and without attachments.
 
     text, subject = mail_text(iter([data]))     # of an .eml file, RFC 5322 and MIME
 
@@ -20,8 +20,8 @@ __all__ = ["mail_text"]
 
 
 def mail_text(blocks: Iterable[bytes]) -> tuple[str, str]:
-    """(the subject, an empty line and the text; the subject). The text is the plain part, where there is one, else that
-    of the HTML part. Raises ValueError for one that does not fit into memory."""
+    """("From: " and the sender, the subject and the text, with empty lines between them; the subject). The text is the
+    plain part, where there is one, else that of the HTML part. Raises ValueError for one that does not fit into memory."""
     parser, size = BytesFeedParser(), 0
     for block in blocks:
         if (size := size + len(block)) > MAX_WHOLE:
@@ -39,7 +39,9 @@ def mail_text(blocks: Iterable[bytes]) -> tuple[str, str]:
             pages.append(html_text(_content(part))[0])
     body = "\n\n".join(text.strip() for text in plain if text.strip()) or "\n\n".join(pages).strip()
     subject = _header(message.get("subject"))
-    return "\n\n".join(filter(None, (subject, body))), subject
+    said = "\n\n".join(filter(None, (subject, body)))
+    sender = _header(message.get("from")) if said else ""  # a name alone says nothing
+    return f"From: {sender}\n\n{said}" if sender else said, subject
 
 
 def _content(part: Message) -> str:

@@ -53,6 +53,15 @@ def test_what_senders_get_wrong(headers: bytes, body: bytes, expected: str | Non
     assert expected is None or text == expected
 
 
+def test_who_writes_stands_before_it() -> None:
+    mail = EmailMessage()
+    mail["From"] = "王小明 <xm@example.org>"
+    mail["Subject"] = "会议"
+    mail.set_content(MEETING)
+    assert mail_text([bytes(mail)]) == (f"From: 王小明 <xm@example.org>\n\n会议\n\n{MEETING}", "会议")
+    assert mail_text([b"From: a@b.org\nReceived: x\n\n"]) == ("", "")
+
+
 @given(
     st.binary(max_size=300), st.sampled_from([b"", b"Subject: ", b"Content-Type: multipart/mixed; boundary=a\n\n--a\n"])
 )
