@@ -21,7 +21,7 @@ __all__ = ["mail_text"]
 
 def mail_text(blocks: Iterable[bytes]) -> tuple[str, str]:
     """("From: " and the sender, the subject and the text, with empty lines between them; the subject). The text is the
-    plain part, where there is one, else that of the HTML part. Raises ValueError for one that does not fit into memory."""
+    plain part, where there is one, else that of the HTML part. Raises ValueError for one too large for memory."""
     parser, size = BytesFeedParser(), 0
     for block in blocks:
         if (size := size + len(block)) > MAX_WHOLE:

@@ -32,8 +32,9 @@ from bimo.data.embedding_pairs import cut_text, text_encoder
 from bimo.data.labels import Labels
 from bimo.data.pairs import pad_rows
 from bimo.errors import UnsupportedModelError, UsageError
-from bimo.formats.huggingface import load_encoder
+from bimo.formats.huggingface import load_encoder, read_model_config
 from bimo.formats.peft import read_adapter
+from bimo.models.config import EncoderConfig
 from bimo.models.encoder import Encoder
 from bimo.registries.trouble import Progress
 from bimo.tokenizer.load import Tokenizer
@@ -79,6 +80,8 @@ class Classifier:
         progress: Progress | None = None,
     ) -> None:
         found = find_model(reference, progress=progress)
+        if not isinstance(kind := read_model_config(found.directory), EncoderConfig):
+            raise UsageError(f"{reference} is no encoder ({kind.family}), so it tells no classes", "model")
         self.model = _load(found).to(device)
         config = self.model.config
         if not config.labels:

@@ -55,12 +55,18 @@ def test_a_model_of_several_tasks_tells_all_or_one(tmp_path: Path, capsys: pytes
 
 
 def test_what_is_wrong_is_said_in_one_line(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipe(monkeypatch, "第一行\n".encode() + "第二行".encode("gbk"))
     assert main(["classify", str(model)]) == 2
     assert "line 2 of standard input is not valid UTF-8" in capsys.readouterr().err
     assert main(["classify", str(model), "text", "--task", "主题"]) == 2
     assert "no task '主题'" in capsys.readouterr().err
+    assert main(["classify", str(tiny_model_dir), "text"]) == 2
+    assert "is no encoder (llama), so it tells no classes" in capsys.readouterr().err
     assert main(["classify", str(make_encoder(tmp_path / "plain")), "text"]) == 2
     assert "an encoder without classes: train it with labelled texts first" in capsys.readouterr().err

@@ -171,7 +171,7 @@ def test_models_that_are_no_classifiers_are_refused(tmp_path: Path, tiny_model_d
         Classifier(make_encoder(tmp_path / "plain"))
     with pytest.raises(UnsupportedModelError, match="multi_label_classification"):
         Classifier(make_encoder(tmp_path / "many", labels=("a", "b"), problem_type="multi_label_classification"))
-    with pytest.raises(UnsupportedModelError, match="the encoders bimo implements are bert"):
+    with pytest.raises(UsageError, match="is no encoder"):
         Classifier(tiny_model_dir)
     with pytest.raises(ModelNotFoundError):
         Classifier(tmp_path / "nowhere")
