@@ -251,6 +251,10 @@ def test_two_do_not_train_in_one_folder(recipe: Path, capsys: pytest.CaptureFixt
     with FileLock("runs/helper/.training.lock"):
         assert main(["train", str(recipe)]) == 2
     assert "another process trains in runs/helper just now" in capsys.readouterr().err
+    Path("runs/helper/.training.lock").unlink()
+    Path("runs/helper/.training.lock").mkdir()
+    assert main(["train", str(recipe)]) == 1
+    assert "runs/helper cannot be written (Is a directory)" in capsys.readouterr().err
 
 
 def test_wishes_without_effect_are_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
