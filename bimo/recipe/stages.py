@@ -258,7 +258,7 @@ class StageTrainingRecipe(TrainingRecipe):
     epochs: float = Field(default=2.0, gt=0)
     steps: int = Field(default=0, ge=0)
     batch_tokens: Count = 4096
-    learning_rate: float = Field(default=0.0, ge=0)  # 0: 2e-4 with an adapter, 2e-5 without
+    learning_rate: float = Field(default=0.0, ge=0)  # 0: of the adapter's kind, 2e-5 without one
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[Share, Share] = (0.9, 0.999)
     warmup: Share = 0.05

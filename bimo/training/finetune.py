@@ -49,7 +49,8 @@ __all__ = [
 GENERAL = "general"  # the validation text that shows what was forgotten
 PSEUDO = "pseudo"  # training text that a model has labelled
 USUAL_LENGTH = 512
-RATES = {True: 2e-4, False: 2e-5}  # with an adapter, which starts from nothing, and without
+RATES = {"lora": 2e-4, "bottleneck": 1e-3, "adalora": 3e-3, "prefix": 1e-2}
+RATE = 2e-5  # of all weights; an adapter starts from nothing, AdaLoRA's values even from 0 between small vectors
 
 
 @dataclass(frozen=True)
@@ -214,5 +215,5 @@ def _training(stage: StageRecipe, rows: Mapping[str, tuple[int, int]]) -> Traini
     a_step = max(1, int(wish.batch_tokens // max(1, row_tokens)))
     steps = wish.steps or max(1, math.ceil(wish.epochs * num_rows / (1 - share) / a_step))
     values = wish.model_dump(exclude={"epochs"})
-    rate = wish.learning_rate or RATES[stage.adapter is not None]
+    rate = wish.learning_rate or (RATES[stage.adapter.kind] if stage.adapter else RATE)
     return TrainingRecipe.model_validate({**values, "steps": steps, "learning_rate": rate})
