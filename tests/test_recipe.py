@@ -52,6 +52,7 @@ def test_paths_are_from_the_recipes_folder(recipe_file: Path, tmp_path: Path) ->
         ("data.sources.3.path=x", "there is no '3'"),
         ("name=../../etc", "name"),
         ("nonsense", "key=value"),
+        ("#x=1", "there is no key #x"),
     ],
 )
 def test_mistakes_are_named(recipe_file: Path, override: str, said: str) -> None:

@@ -54,6 +54,13 @@ class FoundModel:
     adapter: Path | None = None
 
     @property
+    def mark(self) -> str:
+        """Changes with the weights that are computed with."""
+        from bimo.formats.integrity import weights_mark
+
+        return weights_mark(self.directory) + (weights_mark(self.adapter) if self.adapter else "")
+
+    @property
     def tokenizer(self) -> Path:
         """Where its tokenizer is: an adapter that was saved with one was trained on its chat template."""
         own = self.adapter is not None and (self.adapter / "tokenizer.json").is_file()

@@ -188,7 +188,7 @@ class LocalBackend:
         warn_of_templates(adapters or {}, found.tokenizer)
         warn_of_bases((adapters or {}).values(), directory)
         draft = resolve(draft_model, progress=progress) if draft_model else None
-        most = config.max_positions - places_taken(found.adapter)
+        most = max(1, config.max_positions - places_taken(found.adapter))  # too long a prefix is refused on loading
         context = min(context_length or most, most)
 
         def build() -> Engine:

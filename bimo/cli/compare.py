@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +61,7 @@ def compare(
         for name, settings in loaded.compare.variants.items()
     }
     for run in orders.values():
-        run.read  # noqa: B018  # a file or a base that is not there is said now, too
+        run.read()  # a file or a base that is not there is said now, too
     folder, first = run_folder(loaded, out), None
     results: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in loaded.compare.variants}
     with interruptible(Ranks()) as interrupted:
@@ -119,7 +118,6 @@ class _Run:
         self.recipe = load_recipe(file, overrides).model_copy(update={"compare": None, "search": None})
         self.what = self.recipe.model_dump(mode="json")
 
-    @cached_property
     def read(self) -> list[str]:
         """Changes with the files that are read, and with the bases."""
         marks = []
@@ -138,15 +136,15 @@ class _Run:
             found = json.loads((place / "compared.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        same = found.get("recipe") == self.what and found.get("read") == self.read
+        same = found.get("recipe") == self.what and found.get("read") == self.read()
         return list(found["stages"]) if same else None
 
     def begin(self, place: Path) -> None:
         """What another recipe left is in the way, and this folder is a comparison's own."""
-        about, what = place / "begun.json", json.dumps([self.what, self.read], ensure_ascii=False)
+        about, what = place / "begun.json", json.dumps([self.what, self.read()], ensure_ascii=False)
         if not about.is_file() or about.read_text(encoding="utf-8") != what:
             for left in [*place.rglob("checkpoints"), *place.rglob("model")]:
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)
             for left in place.rglob("metrics.jsonl"):
                 left.unlink()
             place.mkdir(parents=True, exist_ok=True)
@@ -177,7 +175,7 @@ class _Run:
             shutil.rmtree(place / stage["stage"] / "checkpoints", ignore_errors=True)
             if not keep_model:
                 shutil.rmtree(place / stage["stage"] / "model", ignore_errors=True)
-        about = {"recipe": self.what, "read": self.read, "stages": stages}
+        about = {"recipe": self.what, "read": self.read(), "stages": stages}
         (place / "compared.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
         output.unlink()
         return stages
@@ -187,13 +185,12 @@ def _mark(read: SourceRecipe | str) -> str:
     """Changes with a source's files, or with a base's weights."""
     from bimo.backends.adapters import find_model
     from bimo.cli.terminal import progress_display
-    from bimo.data.pipeline import sources_mark
-    from bimo.formats.integrity import weights_mark
+    from bimo.data.pipeline import source_mark
 
     with progress_display() as progress:
         if isinstance(read, str):
-            return weights_mark(find_model(read, progress=progress).directory)
-        return sources_mark([read], progress)
+            return find_model(read, progress=progress).mark
+        return source_mark(read, progress)
 
 
 def _share(first: Path, place: Path, recipe: Recipe) -> None:

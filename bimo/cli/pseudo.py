@@ -20,7 +20,7 @@ from bimo.data.labels import PseudoTally, pseudo_labels
 from bimo.data.pipeline import Prepared, prepare
 from bimo.data.records import Document
 from bimo.errors import DataError
-from bimo.recipe import DataRecipe, StageRecipe
+from bimo.recipe import DataRecipe, PseudoLabelRecipe, StageRecipe
 from bimo.registries.trouble import Progress
 
 if TYPE_CHECKING:
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["add_pseudo_labels", "prepare_unlabelled"]
 
 
-def prepare_unlabelled(stage: StageRecipe, folder: Path, progress: Progress) -> Prepared:
+def prepare_unlabelled(stage: StageRecipe, wish: PseudoLabelRecipe, folder: Path, progress: Progress) -> Prepared:
     """The texts to be labelled, under folder/unlabelled. Raises DataError when there are none."""
-    wish = stage.pseudo_labels
-    assert wish is not None
     recipe = DataRecipe(sources=(wish.source,), clean=stage.clean, validation=0.0, passage_chars=stage.passage_chars)
     prepared = prepare(recipe, folder / "unlabelled", progress=progress)
     if not prepared.files("train"):
@@ -55,7 +53,7 @@ def add_pseudo_labels(
 
     stage, wish = data.stage, data.stage.pseudo_labels
     assert wish is not None
-    prepared = prepare_unlabelled(stage, data.folder, progress)
+    prepared = prepare_unlabelled(stage, wish, data.folder, progress)
     known = {document.text.strip() for split in ("train", "validation") for document in data.documents(split)}
     place = data.folder / "tokens" / pseudo_folder(number)
     task = wish.task if len(stage.task) > 1 else None  # of one task classes have plain names

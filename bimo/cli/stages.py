@@ -64,8 +64,6 @@ def alone_in(folder: Path, ranks: Ranks) -> Iterator[None]:
                              f"folder with --out", "out") from None  # fmt: skip
         except OSError as error:
             raise DataError(f"{folder} cannot be written ({error.strerror}): name another folder with --out") from error
-        except NotImplementedError:  # a file system without locks: nobody can tell
-            pass
 
     if ranks.world_size == 1:
         take()

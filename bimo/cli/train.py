@@ -143,8 +143,8 @@ def _train_stage(recipe: Recipe, stage: StageRecipe, folder: Path, workers: int 
             tell(f"note: {text}")
         examples = prepare_stage(stage, place, workers=workers, progress=progress)
         tell_of_bad_rows(examples, tell)
-        if stage.pseudo_labels is not None:  # what is wrong with them is said before the first training
-            prepare_unlabelled(stage, place, progress)
+        if (wish := stage.pseudo_labels) is not None:  # what is wrong with them is said before the first training
+            prepare_unlabelled(stage, wish, place, progress)
         data = StageData(recipe, stage, place, base, examples, progress)
         return data, stage_texts(data, tell)
 

@@ -33,12 +33,6 @@ __all__ = ["tune"]
 
 SHOWN = 12  # trials in the table while it runs
 POLL = 0.5  # seconds between looks at the other processes
-LOSSES = {
-    "bits_per_byte": "bits per byte",
-    "nats_per_token": "nats per token",
-    "nats_per_text": "nats per text",
-    "nats_per_query": "nats per query",
-}
 BIAS = "this very score chose among {count} trials, so it is a little too good: measure the result on other text"
 
 
@@ -287,7 +281,7 @@ def _result(order: _Order, search: Search) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    best, metric = result["best"], LOSSES.get(result["metric"], result["metric"])
+    best, metric = result["best"], result["metric"].replace("_", " ")
     states = [trial["state"] for trial in result["trials"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     typer.echo(f"trials     {len(states)}: {counts}")

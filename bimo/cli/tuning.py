@@ -55,8 +55,6 @@ def open_stage_base(recipe: Recipe, stage: StageRecipe, folder: Path, progress: 
     """The model the stage begins with: the one it names, else that of the stage before, else the pretrained one. An
     adapter is worked into its base first, in folder/NAME/base."""
     from bimo.backends.adapters import find_model, is_mergeable, write_model
-    from bimo.data.shards import fingerprint
-    from bimo.formats.integrity import weights_mark
     from bimo.training.finetune import open_base
 
     def opened(reference: str) -> Base:
@@ -71,12 +69,11 @@ def open_stage_base(recipe: Recipe, stage: StageRecipe, folder: Path, progress: 
             )
         merged = stage_folder(folder, stage) / "base"
         stamp = merged / ".made-from"
-        mark = fingerprint(weights_mark(found.directory), found.adapter / "adapter_model.safetensors")
-        if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == mark):
+        if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == found.mark):
             progress(f"merging {reference} into its base", 0, 0)
             merged.parent.mkdir(parents=True, exist_ok=True)
             write_model(found, merged, reference)
-            stamp.write_text(mark, encoding="utf-8")
+            stamp.write_text(found.mark, encoding="utf-8")
         return open_base(str(merged.absolute()), merged)
 
     if stage.base is not None:

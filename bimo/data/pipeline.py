@@ -25,7 +25,7 @@ import tempfile
 import uuid
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -52,7 +52,7 @@ from bimo.errors import DataError
 from bimo.recipe import DataRecipe, SourceRecipe
 from bimo.registries.trouble import Progress
 
-__all__ = ["Prepared", "prepare", "sources_mark"]
+__all__ = ["Prepared", "prepare", "source_mark"]
 
 UNIT_BYTES = 16 << 20  # of input; enough to make starting a unit cheap, little enough to share out and to repeat
 WAYS = 1 << 32  # the validation split is drawn from a hash of this many values
@@ -132,9 +132,9 @@ def prepare(
                         f"folder; what is done stays done") from error  # fmt: skip
 
 
-def sources_mark(sources: Sequence[SourceRecipe], progress: Progress) -> str:
-    """Changes with the sources' settings and with their files' names, sizes and times; nothing is read."""
-    return fingerprint([unit.mark for one in sources for unit in _units(DataRecipe(sources=(one,)), progress)])
+def source_mark(source: SourceRecipe, progress: Progress) -> str:
+    """Changes with a source's settings and with its files' names, sizes and times; nothing is read."""
+    return fingerprint([unit.mark for unit in _units(DataRecipe(sources=(source,)), progress)])
 
 
 @contextlib.contextmanager

@@ -362,7 +362,7 @@ def _pre_tokenizer_name(state: dict[str, Any]) -> str:
             case {"type": "Digits", "individual_digits": True}:
                 splits.append(r"\p{N}")
             case {"type": "Split", "pattern": {"Regex": str(pattern)}} if ANY_OF_LENGTH.fullmatch(pattern):
-                pass  # bimo's own cut only what no reader meets whole: a hundred letters without a space or a comma
+                pass  # bimo's own: only a run of more than a hundred letters may get other ids in two places
             case {"type": "Split", "pattern": {"Regex": str(pattern)}}:
                 # isolating matches, and removing what lies between them, cut alike when all text matches
                 splits.append(pattern)

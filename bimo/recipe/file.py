@@ -132,7 +132,7 @@ def save_recipe(recipe: Recipe, file: Path) -> None:
 def _unquoted(text: str, error: str) -> str:
     """A hint where a key has letters that need quotes."""
     found = re.search(r"at line (\d+)", error)
-    key = text.splitlines()[int(found[1]) - 1].partition("=")[0].strip() if found else ""
+    key = text.split("\n")[int(found[1]) - 1].partition("=")[0].strip() if found else ""
     if key.isascii() or key.startswith(('"', "'", "[", "#")):
         return ""
     return f'; keys of other letters than a-z stand in quotes: "{key}" = ...'
@@ -143,6 +143,8 @@ def _parts(key: str) -> list[str]:
     try:
         value: Any = tomllib.loads(f"{key} = 0")
     except tomllib.TOMLDecodeError:  # letters that TOML would have in quotes
+        value = {}
+    if not value:
         return [part.strip() for part in key.split(".")]
     parts = list[str]()
     while isinstance(value, dict):

@@ -138,8 +138,10 @@ def finished(job: Job, folder: Path, texts: Texts) -> dict[str, Any] | None:
         lineage = json.loads((folder / "model" / "bimo.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(lineage, dict) or lineage.get("mark") == job.identity(texts):
-        return lineage if isinstance(lineage, dict) else None
+    if not isinstance(lineage, dict):
+        return None
+    if lineage.get("mark") == job.identity(texts):
+        return lineage
     left = " and ".join(str(folder / name) for name in ("model", "checkpoints") if (folder / name).is_dir())
     raise UsageError(
         f"{folder / 'model'} was made with {_changed(lineage, job)}: give this run another name (or --out) to keep it, "
@@ -159,7 +161,7 @@ def _changed(lineage: Mapping[str, Any], job: Job) -> str:
         parts.append(stages.get(about.get("stage"), recipe) | {"seed": recipe.get("seed")})
     old, new = (dict(settings_of(part)) for part in parts)
     keys = [key for key in new if old.get(key) != new[key] and key.partition(".")[0] not in BESIDE]
-    keys = [key for key in keys if key.rpartition(".")[2] not in WITHOUT_EFFECT]
+    keys = [key for key in keys if not set(key.split(".")) & set(WITHOUT_EFFECT)]
     if not keys:
         return "other texts"
     return f"another recipe, where {keys[0]} was {old.get(keys[0])!r:.60} and not {new[keys[0]]!r:.60}"
