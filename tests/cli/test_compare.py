@@ -62,6 +62,13 @@ def test_figures_of_all_variants_and_seeds(recipe: Path, capfd: pytest.CaptureFi
     assert first["figures"]["loss"] != second["figures"]["loss"]
     assert not list(folder.glob("*/1/stage/model")) and not list(folder.glob("*/*/stage/checkpoints"))
 
+    # a training that fails keeps what is done
+    wish = 'compare.variants={plain = [], gone = ["stage.0.length=100000"]}'
+    assert main(["compare", str(recipe), "--set", wish]) == 1
+    told = capfd.readouterr()
+    assert "more than the base reads" in told.err and "what is done stays done" in told.err
+    assert "plain, seed" not in told.err and (folder / "plain" / "0" / "compared.json").is_file()
+
     # other examples: it is trained anew
     write_notes(Path("notes.jsonl"), 7)
     assert main(["compare", str(recipe), "--json", "--set", "compare.variants={plain = []}"]) == 0
@@ -118,11 +125,3 @@ def test_a_recipe_that_compares_nothing(recipe: Path, capfd: pytest.CaptureFixtu
     recipe.write_text(recipe.read_text().replace(COMPARE, ""), encoding="utf-8")
     assert main(["compare", str(recipe)]) == 2
     assert "add [compare.variants]" in capfd.readouterr().err
-
-
-def test_a_training_that_fails_keeps_what_is_done(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    wishes = ["--set", 'compare.variants={plain = [], gone = ["stage.0.length=100000"]}', "--set", "compare.seeds=1"]
-    assert main(["compare", str(recipe), *wishes]) == 1
-    told = capfd.readouterr().err
-    assert "more than the base reads" in told and "what is done stays done" in told
-    assert Path("runs/kinds/variants/plain/0/compared.json").is_file()

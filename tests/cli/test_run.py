@@ -166,9 +166,10 @@ def test_mistakes_are_one_line(
 @pytest.mark.skipif(not shutil.which("apt-get"), reason="Debian's handbook packages need apt-get")
 @pytest.mark.timeout(280)
 def test_the_quickstart_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The shipped recipe on its real data, with fewer steps; LOG.md has the whole run's figures."""
+    """The shipped recipe on its real data, with fewer steps and words; LOG.md has the whole run's figures."""
     file = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
-    arguments = ["--out", str(tmp_path / "run"), "--set", "training.steps=10", "--set", "training.eval_tokens=2048"]
+    wishes = ("training.steps=3", "training.eval_tokens=2048", "tokenizer.sample_bytes=1000000")
+    arguments = ["--out", str(tmp_path / "run"), *(part for wish in wishes for part in ("--set", wish))]
     assert main(["run", str(file), "--json", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
     manifest = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text(encoding="utf-8"))
